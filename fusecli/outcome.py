@@ -1,0 +1,186 @@
+"""Plain frozen results that all layers exchange; the JSON report is these values and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from fusecli.errors import ExitCode
+
+SCHEMA_VERSION = 1
+
+
+class Judgement(str, Enum):
+    """The three possible verdicts, for the whole model and for each group."""
+
+    EQUIVALENT = "equivalent"
+    DIFFERENT = "different"
+    INCONCLUSIVE = "inconclusive"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Evidence(str, Enum):
+    """How adjacency is known: the model was run, or the list was believed."""
+
+    OBSERVED = "observed"
+    CLAIMED = "claimed"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a group was not fused. A result, not an exception.
+
+    code      one word from a closed list, e.g. "overflow", "parametrized", "bad-statistics"
+    reason    the sentence for people
+    evidence  what was seen: module paths, op names, channels, numbers
+    remedy    what the user can do about it
+    """
+
+    group: tuple[str, ...]
+    code: str
+    reason: str
+    rule: str | None = None
+    evidence: tuple[str, ...] = ()
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """A norm layer that is left in the model, and why (code as for refusals)."""
+
+    module: str
+    kind: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group: what it was, what it became, and how sure we are.
+
+    status         "equivalent" | "different" | "inconclusive" | "planned" (nothing was verified)
+    float64_error  max|a-b| / max|a| between original and fused float64 twins
+    drift          the stored model's error against float64; noise_floor: the original's own (same unit)
+    weight_range_* max over min of the per-channel weight range: above about 100 an int8 hazard
+    kept           members that stay where they are (an activation no container takes)
+    """
+
+    modules: tuple[str, ...]
+    rule: str
+    status: str
+    evidence: Evidence
+    kinds_before: tuple[str, ...] = ()
+    kinds_after: tuple[str, ...] = ()
+    float64_error: float | None = None
+    drift: float | None = None
+    noise_floor: float | None = None
+    weight_range_before: float | None = None
+    weight_range_after: float | None = None
+    keys_removed: tuple[str, ...] = ()
+    keys_renamed: tuple[tuple[str, str], ...] = ()
+    keys_added: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """Something that was lost or changed besides the fold itself.
+
+    kind: "hook" | "requires-grad" | "tie" | "train-mode" | "assumed" | "statistics" | "prefix" | "device" | ...
+    """
+
+    kind: str
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement on the whole model, what it rests on and, if it failed, where.
+
+    float64_error       max|a-b| / max|a| end to end, float64 twins; None: not run end to end
+    tolerance           the line that float64_error is held against
+    drift, noise_floor  the same ratio in the stored dtype, of the fused and of the original model
+    smallest_tolerance  the smallest tolerance that would have accepted the float64 errors
+    first_different     the first group (in the order of the model's run) that differs
+    checks              name of each of the four checks -> one sentence that says what it proved or missed
+    """
+
+    judgement: Judgement
+    groups: tuple[GroupReport, ...] = ()
+    float64_error: float | None = None
+    tolerance: float = 1e-9
+    drift: float | None = None
+    noise_floor: float | None = None
+    smallest_tolerance: float | None = None
+    first_different: tuple[str, ...] | None = None
+    end_to_end: bool = False
+    samples: int = 0
+    seed: int = 0
+    checks: Mapping[str, str] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def equivalent(self) -> bool:
+        return self.judgement is Judgement.EQUIVALENT
+
+    def __str__(self) -> str:
+        return str(self.judgement)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts of one model or checkpoint: modules, parameters, bytes, norm layers."""
+
+    modules: int | None
+    parameters: int
+    bytes: int
+    norms: int
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file that took part: its path as the user gave it, format, size in bytes and sha256."""
+
+    path: str
+    format: str = ""
+    bytes: int | None = None
+    sha256: str | None = None
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that one `fuse` or `verify` found: the same facts as the JSON report.
+
+    status     "fused" | "verified" | "planned" | "different" | "inconclusive" | "refused" |
+               "nothing to fuse" | "error"
+    model      the fused copy (Python API only; never rendered)
+    next_step  the exact command that verifies again, or what to do about a failure
+    """
+
+    command: str
+    status: str
+    exit_code: ExitCode
+    groups: tuple[GroupReport, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    unfused: tuple[Unfused, ...] = ()
+    verification: Verdict | None = None
+    ledger: tuple[LedgerEntry, ...] = ()
+    input: FileFacts | None = None
+    output: FileFacts | None = None
+    spec: FileFacts | None = None
+    totals_before: Totals | None = None
+    totals_after: Totals | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    next_step: str = ""
+    model: Any = field(default=None, repr=False, compare=False)
