@@ -112,6 +112,7 @@ class Verdict:
     smallest_tolerance  the smallest tolerance that would have accepted the float64 errors
     first_different     the first group (in the order of the model's run) that differs
     checks              name of each of the four checks -> one sentence that says what it proved or missed
+    check_results       name of each of the four checks -> how it ended, for the mark in front of the sentence
     """
 
     judgement: Judgement
@@ -127,6 +128,7 @@ class Verdict:
     seed: int = 0
     checks: Mapping[str, str] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    check_results: Mapping[str, Judgement] = field(default_factory=dict)
 
     @property
     def equivalent(self) -> bool:

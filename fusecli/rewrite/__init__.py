@@ -1,1 +1,24 @@
+"""What a rule answers: new tensors and structural edits; applied to a tree, written down, replayed."""
 
+from fusecli.rewrite.apply import apply_edits, apply_rewrite
+from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder, Rewrite
+from fusecli.rewrite.keys import KeyMap
+from fusecli.rewrite.manifest import GroupRecord, Manifest
+from fusecli.rewrite.tree import ModuleTree, plant
+
+__all__ = [
+    "Bias",
+    "Container",
+    "Edit",
+    "GroupRecord",
+    "Identity",
+    "KeyMap",
+    "Manifest",
+    "ModuleTree",
+    "Opaque",
+    "Remainder",
+    "Rewrite",
+    "apply_edits",
+    "apply_rewrite",
+    "plant",
+]

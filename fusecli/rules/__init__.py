@@ -1,1 +1,69 @@
+"""One file = one rule. Rules are discovered by their file names; nothing is registered by hand.
 
+A rule file holds a docstring (What it fuses, Equation, Exact when, Refuses when, Before and after) and one
+`@rule(...)` function named as the file. Listing rules reads the files without running them, so that
+`fusecli rules` needs no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fusecli.rewrite import Rewrite
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pattern of kinds (fusecli.graph.kinds, alternatives joined by "|") and what it rewrites to."""
+
+    name: str
+    pattern: tuple[str, ...]
+    rewrite: Callable[..., Rewrite]
+
+    def matches(self, kinds: tuple[str, ...]) -> bool:
+        """Whether the first members of a group, by their kinds, are what this rule fuses."""
+        return len(kinds) >= len(self.pattern) and all(
+            kind in alternatives.split("|") for kind, alternatives in zip(kinds, self.pattern, strict=False)
+        )
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*pattern: str) -> Callable[[Callable[..., Rewrite]], Callable[..., Rewrite]]:
+    """Makes the function below it the rule of its file."""
+
+    def register(function: Callable[..., Rewrite]) -> Callable[..., Rewrite]:
+        _RULES[function.__name__] = Rule(function.__name__, pattern, function)
+        return function
+
+    return register
+
+
+def names() -> list[str]:
+    """The names of all rules: the names of their files."""
+    return sorted(path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_"))
+
+
+def describe(name: str) -> str:
+    """The docstring of a rule's file; raises KeyError for a rule that is not there."""
+    if name not in names():
+        raise KeyError(name)
+    return ast.get_docstring(ast.parse((_FOLDER / f"{name}.py").read_text(encoding="utf-8"))) or ""
+
+
+@cache
+def all_rules() -> tuple[Rule, ...]:
+    """Every rule, the longest pattern first, so that a group finds the rule that takes most of it."""
+    for name in names():
+        importlib.import_module(f"fusecli.rules.{name}")
+    return tuple(sorted(_RULES.values(), key=lambda found: (-len(found.pattern), found.name)))

@@ -1,0 +1,78 @@
+"""What a module is to a rule: one word per module, and whether its class is known to keep its promise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fusecli.nn import FusedModule
+
+# The classes whose forward is known. Any other class, a subclass included, is believed only after a probe.
+EXACT = frozenset(
+    {
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.Linear, nn.ReLU),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    }
+)
+# Modules that return their input at inference: a group may list them, nothing happens there.
+NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+BATCH_DEPENDENT = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
+FOLDABLE = frozenset({"conv", "conv_transpose", "linear", "norm", "norm_with_activation"})
+
+
+_KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
+    (FusedModule, "fused"),
+    (_ConvTransposeNd, "conv_transpose"),
+    (_ConvNd, "conv"),
+    (nn.Linear, "linear"),
+    (nn.ReLU, "relu"),
+    (BATCH_DEPENDENT, "batch_dependent"),
+    (_NormBase, "norm"),
+    (NOTHING, "nothing"),
+)
+
+
+def kind_of(module: nn.Module, treated_as: type | None = None) -> str:
+    """fused, conv, conv_transpose, linear, norm, norm_with_activation, batch_dependent, relu, nothing or other;
+    `treated_as` is the class whose kind the user wants for this one."""
+    kind = next((kind for base, kind in _KINDS if issubclass(treated_as or type(module), base)), "other")
+    if kind == "other" and treated_as is None and is_norm(module):
+        kind = "norm"
+    if kind == "norm" and next(module.children(), None) is not None:
+        return "norm_with_activation"
+    return kind
+
+
+def is_norm(module: nn.Module) -> bool:
+    """BatchNorm and all that carry running statistics and an eps like it (FrozenBatchNorm2d has no common base)."""
+    looks_like_one = {"running_mean", "running_var"} <= module._buffers.keys() and hasattr(module, "eps")
+    return isinstance(module, _NormBase) or looks_like_one
+
+
+def is_exact(module: nn.Module) -> bool:
+    return type(module) in EXACT
+
+
+def norms(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Every norm layer of a model with its path: the foldable ones and those that depend on the batch."""
+    for path, module in modules.items():
+        if is_norm(module) or isinstance(module, BATCH_DEPENDENT):
+            yield path, module
+
+
+def without_statistics(norm: nn.Module) -> tuple[str, str] | None:
+    """Reason code and sentence for a norm that computes its statistics from what it is given; else None."""
+    if isinstance(norm, BATCH_DEPENDENT):
+        return "batch-dependent", f"{type(norm).__name__} normalises by the statistics of each input"
+    if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
+        if isinstance(norm, _InstanceNorm):
+            return "batch-dependent", "InstanceNorm without running statistics normalises each input by its own"
+        return "no-statistics", "the norm keeps no running statistics (track_running_stats=False)"
+    return None

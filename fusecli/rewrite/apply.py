@@ -1,0 +1,104 @@
+"""Does the edits to a module tree, where its modules stand: no copies, and a subclass keeps its own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusecli import nn as containers
+from fusecli.outcome import LedgerEntry
+from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder, Rewrite
+from fusecli.rewrite.hooks import BACKWARD, POST, PRE, move_hooks, take_hooks
+from fusecli.rewrite.tree import ModuleTree
+
+
+def apply_rewrite(tree: ModuleTree, rewrite: Rewrite) -> tuple[LedgerEntry, ...]:
+    """Sets the new tensors, then does the edits; returns what was lost on the way."""
+    opaque = {edit.path for edit in rewrite.edits if isinstance(edit, Opaque)}
+    biases = [edit for edit in rewrite.edits if isinstance(edit, Bias)]
+    _do(tree, biases)
+    set_tensors(tree, {k: t for k, t in rewrite.tensors.items() if k.rpartition(".")[0] not in opaque})
+    return tuple(_do(tree, (edit for edit in rewrite.edits if not isinstance(edit, Bias))))
+
+
+def apply_edits(tree: ModuleTree, edits: Iterable[Edit]) -> tuple[LedgerEntry, ...]:
+    """Does the edits alone, as when a manifest is replayed before the tensors are loaded."""
+    return tuple(_do(tree, edits))
+
+
+def set_tensors(tree: ModuleTree, tensors: Mapping[str, Tensor]) -> None:
+    """Gives modules new parameters; requires_grad stays what it was."""
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition(".")
+        module = tree[path]
+        old = module._parameters[name]
+        # A new Parameter, not new data in the old one: a copy of the model may still share the old one.
+        wants_grad = old.requires_grad if old is not None else False
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=wants_grad)
+
+
+def _do(tree: ModuleTree, edits: Iterable[Edit]) -> list[LedgerEntry]:
+    lost: list[LedgerEntry] = []
+    for edit in edits:
+        lost += (LedgerEntry("hook", path, f"lost: {hook}") for path, hook in _apply(tree, edit))
+    return lost
+
+
+def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
+    match edit:
+        case Bias(path):
+            _add_bias(tree[path])
+        case Identity(path, into, last):
+            yield from _absorb(tree, path, into, keep_hooks=last)
+            _replace(tree, path, nn.Identity())
+        case Remainder(path, into, members):
+            yield from _absorb(tree, path, into, keep_hooks=False)
+            children = tree[path]._modules
+            rest = nn.Sequential()
+            rest._modules.update((name, children[name]) for name in members)
+            _replace(tree, path, rest)
+        case Container(path, cls, members):
+            first, last = tree[members[0]], tree[members[-1]]
+            container = getattr(containers, cls)(*(tree[member] for member in members))
+            move_hooks(first, container, PRE)
+            move_hooks(last, container, POST)
+            _place(tree, path, members, container)
+        case Opaque(path, members, fuser, result):
+            if result is None:
+                raise ValueError(f"fuser {fuser!r} has to be called before its edit is applied")
+            move_hooks(tree[members[0]], result, PRE)
+            move_hooks(tree[members[-1]], result, POST)
+            for member in members:
+                yield from ((member, hook) for hook in take_hooks(tree[member], PRE + POST + BACKWARD))
+            _place(tree, path, members, result)
+
+
+def _absorb(tree: ModuleTree, path: str, into: str, *, keep_hooks: bool) -> Iterator[tuple[str, str]]:
+    """Hooks when the norm at `path` disappears into the layer at `into`."""
+    norm, layer = tree[path], tree[into]
+    yield from ((into, hook) for hook in take_hooks(layer, POST))
+    if keep_hooks:
+        move_hooks(norm, layer, POST)
+    yield from ((path, hook) for hook in take_hooks(norm, PRE + POST + BACKWARD))
+
+
+def _place(tree: ModuleTree, path: str, members: tuple[str, ...], module: nn.Module) -> None:
+    _replace(tree, path, module)
+    for member in members:
+        if member != path:
+            _replace(tree, member, nn.Identity())
+
+
+def _replace(tree: ModuleTree, path: str, module: nn.Module) -> None:
+    tree.replace(path, module.train(tree[path].training))
+
+
+def _add_bias(layer: nn.Module) -> None:
+    if layer._parameters.get("bias") is None:
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        size = getattr(layer, "out_channels", None) or layer.out_features
+        bias = torch.empty(size, dtype=weight.dtype, device=weight.device)
+        layer._parameters["bias"] = nn.Parameter(bias, requires_grad=weight.requires_grad)

@@ -1,0 +1,81 @@
+"""The closed vocabulary of structural edits, and the Rewrite that carries them.
+
+An edit is plain data. `rewrite.apply` does it to a live tree, `rewrite.manifest` writes it down,
+`rewrite.keys` says what it does to the names of tensors: three readings of one list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The layer at `path` gets a bias parameter if it has none; its class, forward and hooks stay."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The module at `path` was folded into the layer at `into` and becomes nn.Identity.
+
+    `last`: its forward hooks move to `into`, as torch.ao does for the last member of a group.
+    Otherwise they are lost, like the forward hooks of `into`: the tensor they watched is gone.
+    """
+
+    path: str
+    into: str
+    last: bool = True
+
+
+@dataclass(frozen=True)
+class Container:
+    """`members` move into a fusecli.nn container called `cls` that stands at `path`, the first of them.
+
+    Tensor names follow: member number i lives below `path.i`, as in torch.ao.
+    """
+
+    path: str
+    cls: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """The norm at `path` was folded into `into`; of the module, its submodules `members` stay, in that order."""
+
+    path: str
+    into: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """What the custom fuser called `fuser` made of `members` stands at `path`.
+
+    `result` is that module where it is at hand; replaying the edit needs the fuser's code, and consent.
+    """
+
+    path: str
+    members: tuple[str, ...]
+    fuser: str
+    result: nn.Module | None = field(default=None, compare=False, repr=False)
+
+
+Edit = Bias | Identity | Container | Remainder | Opaque
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite:
+    """New tensors by their state-dict key *before* the edits, and the edits in the order they are done."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
+
+    def __add__(self, other: Rewrite) -> Rewrite:
+        """This rewrite, then the other one."""
+        return Rewrite({**self.tensors, **other.tensors}, self.edits + other.edits)

@@ -1,0 +1,39 @@
+"""What edits do to the names of tensors: the one place that knows old key -> new key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fusecli.rewrite.edits import Container, Edit, Identity, Opaque, Remainder
+
+
+class KeyMap:
+    """Old state-dict key -> new key, or None where the tensor is gone; the longest path that matches decides.
+
+    A tensor below an opaque module keeps its key here: only the fuser knows which of them survive.
+    """
+
+    def __init__(self, edits: Iterable[Edit]) -> None:
+        self._moves: dict[str, str | None] = {}
+        for edit in edits:
+            match edit:
+                case Identity(path):
+                    self._moves[path] = None
+                case Remainder(path, _, members):
+                    self._moves[path] = None
+                    self._moves.update({f"{path}.{name}": f"{path}.{name}" for name in members})
+                case Container(path, _, members):
+                    self._moves.update({member: f"{path}.{i}" for i, member in enumerate(members)})
+                case Opaque(path, members):
+                    self._moves.update({member: None for member in members})
+                    self._moves[path] = path
+
+    def __call__(self, key: str) -> str | None:
+        path, rest = key, ""
+        while path:
+            path, _, name = path.rpartition(".")
+            rest = f"{name}.{rest}" if rest else name
+            if path in self._moves:
+                moved = self._moves[path]
+                return None if moved is None else f"{moved}.{rest}"
+        return key

@@ -1,0 +1,112 @@
+"""The manifest: what was done to a checkpoint, as one JSON string inside the artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fusecli.errors import Problem, UnsafeError
+from fusecli.outcome import Evidence
+from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder
+
+KEY = "fusecli"  # the name of the manifest in safetensors metadata and in a state dict's _metadata
+VERSION = 1
+_EDITS: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in (Bias, Identity, Container, Remainder, Opaque)}
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """One fused group. `hints` is what its tensors cannot say: kind, groups, stride and eps."""
+
+    modules: tuple[str, ...]
+    rule: str
+    evidence: Evidence
+    kept: tuple[str, ...] = ()
+    hints: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`mode` says what the artifact is good for: "folded" (inference); QAT containers have their own word."""
+
+    mode: str
+    groups: tuple[GroupRecord, ...]
+    edits: tuple[Edit, ...]
+    input_sha256: str = ""
+    spec_sha256: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
+
+    def to_json(self) -> str:
+        """Sorted keys, no timestamps, no paths: the same work gives the same bytes."""
+        document = {
+            "version": VERSION,
+            "mode": self.mode,
+            "groups": [asdict(group) | {"evidence": str(group.evidence)} for group in self.groups],
+            "edits": [_edit_to_dict(edit) for edit in self.edits],
+            "input_sha256": self.input_sha256,
+            "spec_sha256": self.spec_sha256,
+            "versions": dict(self.versions),
+            "ties": [list(tie) for tie in self.ties],
+        }
+        return json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Reads a manifest that may come from anybody; raises UnsafeError where it is not one of ours."""
+        try:
+            document = json.loads(text)
+            if document["version"] != VERSION:
+                raise UnsafeError(
+                    Problem(
+                        f"the manifest has version {document['version']!r}, this fusecli reads {VERSION}",
+                        where,
+                        "use the fusecli that wrote it, or fuse again",
+                    )
+                )
+            return cls(
+                mode=str(document["mode"]),
+                groups=tuple(_group_from_dict(group) for group in document["groups"]),
+                edits=tuple(_edit_from_dict(edit) for edit in document["edits"]),
+                input_sha256=str(document["input_sha256"]),
+                spec_sha256=str(document["spec_sha256"]),
+                versions={str(k): str(v) for k, v in document["versions"].items()},
+                ties=tuple(_names(tie) for tie in document["ties"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UnsafeError(
+                Problem("the fusecli manifest inside is damaged", where, f"fuse again ({error!r})")
+            ) from error
+
+
+def _edit_to_dict(edit: Edit) -> dict[str, Any]:
+    # Not asdict(): it would deep-copy the module that an opaque edit carries.
+    values = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "result"}
+    return {"edit": type(edit).__name__.lower(), **values}
+
+
+def _edit_from_dict(document: dict[str, Any]) -> Edit:
+    values = {k: _names(v) if k == "members" else v for k, v in document.items() if k not in ("edit", "result")}
+    for name, value in values.items():
+        if name != "members" and not isinstance(value, bool if name == "last" else str):
+            raise TypeError(f"edit field {name!r} is {value!r}")
+    edit: Edit = _EDITS[document["edit"]](**values)
+    return edit
+
+
+def _group_from_dict(document: dict[str, Any]) -> GroupRecord:
+    return GroupRecord(
+        modules=_names(document["modules"]),
+        rule=str(document["rule"]),
+        evidence=Evidence(document["evidence"]),
+        kept=_names(document["kept"]),
+        hints=dict(document["hints"]),
+    )
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"expected a list of names, found {values!r}")
+    return tuple(values)

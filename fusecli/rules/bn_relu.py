@@ -1,0 +1,24 @@
+"""Puts a norm that has nothing to fold into, and the ReLU after it, into one container; no arithmetic.
+
+What it fuses   BatchNorm1d, BatchNorm2d or BatchNorm3d, then ReLU
+Equation        none: the layers stay as they are
+Exact when      always
+Refuses when    the norm is no BatchNorm1-3d: the field has no container for it
+Before          bn (weight, bias, running_mean, running_var) -> relu
+After           BNReLU (0.weight, ...: the keys move below ".0") -> Identity
+"""
+
+from __future__ import annotations
+
+from fusecli.errors import require
+from fusecli.nn import container_for
+from fusecli.rewrite import Rewrite
+from fusecli.rules import rule
+from fusecli.rules._member import Member
+
+
+@rule("norm", "relu")
+def bn_relu(norm: Member, relu: Member) -> Rewrite:
+    kind = type(norm.module).__name__
+    require(container_for(norm.module) is not None, "no-container", f"no container takes a {kind} and a ReLU")
+    return norm.contained_with(relu)

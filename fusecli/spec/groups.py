@@ -1,0 +1,62 @@
+"""A group: the ordered names to fuse, and what a bare state dict cannot say about them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BeforeValidator, field_validator, model_validator
+
+from fusecli.spec.part import Count, Listed, Part, Text
+from fusecli.spec.scalars import nullable, one_of, problem, read_float
+from fusecli.spec.wording import described
+
+Kind = Literal[
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"
+]
+
+
+def _read_eps(value: object) -> float:
+    eps = read_float(value)
+    if not eps > 0:
+        raise problem(f"eps is above 0, found {eps}", "torch's own default is 1e-5")
+    return float(eps)
+
+
+def _read_stride(value: object) -> object:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+Eps = Annotated[float | None, BeforeValidator(nullable(_read_eps))]
+
+
+class GroupSpec(Part):
+    """One entry of `groups`: names or patterns in the order of the dataflow.
+
+    kind, groups, eps and stride describe the first layer and its norm where no module can be asked.
+    A single stride stands for all dimensions.
+    """
+
+    modules: Listed[Text]
+    kind: Annotated[Kind | None, BeforeValidator(nullable(one_of("kind", get_args(Kind))))] = None
+    groups: Count | None = None
+    eps: Eps = None
+    stride: Annotated[Listed[Count] | None, BeforeValidator(nullable(_read_stride))] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_is_its_modules(cls, value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            return {"modules": value}
+        if isinstance(value, (dict, GroupSpec)):
+            return value
+        fix = "write [conv1, bn1] or {modules: [conv1, bn1], eps: 1e-5}"
+        raise problem(f"a group is a list of names, found {described(value)}", fix)
+
+    @field_validator("modules")
+    @classmethod
+    def _two_or_more(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        if not modules:
+            raise problem("this group is empty", "list the names to fuse: [conv1, bn1], or remove it")
+        if len(modules) == 1:
+            raise problem("a group needs at least two names", "list what is fused into what: [conv1, bn1]")
+        return modules

@@ -1,0 +1,126 @@
+"""What the model is called with: one entry per argument of its forward."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, get_args
+
+from pydantic import BeforeValidator, Discriminator, Tag, field_validator, model_validator
+from typing_extensions import Self, TypeAliasType
+
+from fusecli.spec.part import Listed, Part, Text
+from fusecli.spec.scalars import one_of, problem, read_float, read_int
+from fusecli.spec.wording import shown
+
+DType = Literal[
+    "float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"
+]
+_LIMITS = {"uint8": (0, 1 << 8)} | {
+    f"int{bits}": (-(1 << bits - 1), 1 << bits - 1) for bits in (8, 16, 32, 64)
+}
+_MOST_ELEMENTS = 1 << 31
+
+
+def _read_size(value: object) -> int:
+    size = read_int(value)
+    if size < 1:
+        raise problem(f"a size is at least 1, found {size}")
+    return size
+
+
+class InputSpec(Part):
+    """One tensor: drawn at random (shape, dtype, range) or read from a safetensors file (file, key).
+
+    range is half open: [low, high). A `name` passes the tensor by keyword.
+    """
+
+    shape: Listed[Annotated[int, BeforeValidator(_read_size)]] | None = None
+    dtype: Annotated[DType, BeforeValidator(one_of("dtype", get_args(DType)))] = "float32"
+    range: Listed[Annotated[int | float, BeforeValidator(read_float)]] | None = None
+    file: Text | None = None
+    key: Text | None = None
+    name: Text | None = None
+
+    @field_validator("shape")
+    @classmethod
+    def _allocatable(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if math.prod(shape) > _MOST_ELEMENTS:
+            raise problem("this shape has more than 2**31 elements")
+        return shape
+
+    @field_validator("range")
+    @classmethod
+    def _low_before_high(cls, range: tuple[float, ...]) -> tuple[float, ...]:
+        if len(range) != 2 or not range[0] < range[1]:
+            raise problem("a range is [low, high) with low < high", "for example range: [0, 1000]")
+        return range
+
+    @field_validator("name")
+    @classmethod
+    def _a_keyword(cls, name: str) -> str:
+        if not name.isidentifier():
+            raise problem(f"{shown(name)} cannot be the name of a forward argument")
+        return name
+
+    @model_validator(mode="after")
+    def _drawn_or_read(self) -> Self:
+        given = self.model_fields_set
+        if len(given & {"shape", "file"}) != 1:
+            what = "an input has a shape or a file" + (", not both" if self.file else "")
+            raise problem(what, "write {shape: [2, 3, 224, 224]} or {file: samples.safetensors, key: images}")
+        if self.file and self.key is None:
+            raise problem("key is missing: which tensor of the file?", "for example key: images")
+        if self.shape is not None and self.key is not None:
+            raise problem(
+                "key belongs to an input that is read from a file", "remove key, or give file for shape"
+            )
+        if self.file and (stray := sorted(given & {"dtype", "range"})):
+            raise problem(
+                f"{' and '.join(stray)} cannot go with a file, which has its own values", "remove it"
+            )
+        return self._range_fits()
+
+    def _range_fits(self) -> Self:
+        if self.range is None or self.dtype.startswith(("float", "bfloat")):
+            return self
+        if self.dtype == "bool":
+            raise problem("a bool input has no range", "remove range")
+        low, high = _LIMITS[self.dtype]
+        if not all(isinstance(end, int) for end in self.range):
+            raise problem(f"the range of an {self.dtype} input is of whole numbers")
+        if self.range[0] < low or self.range[1] > high:
+            raise problem(f"the range does not fit {self.dtype}", f"{self.dtype} holds [{low}, {high})")
+        return self
+
+
+def _form(value: object) -> str:
+    return "<tuple>" if isinstance(value, (list, tuple)) else "<tensor>"
+
+
+InputEntry = TypeAliasType(
+    "InputEntry",
+    "Annotated[Annotated[InputSpec, Tag('<tensor>')] | Annotated[Listed[InputEntry], Tag('<tuple>')],"
+    " Discriminator(_form)]",
+)
+
+
+def refuse_misplaced_names(entries: tuple[InputEntry, ...]) -> tuple[InputEntry, ...]:
+    """The entries, if keywords are at the top level, distinct, and after the positional ones."""
+    names: list[str] = []
+    for entry in entries:
+        name = entry.name if isinstance(entry, InputSpec) else None
+        if name is None and names:
+            raise problem("a positional input stands after a named one", "positional inputs come first")
+        if name in names:
+            raise problem(f"two inputs are named {shown(str(name))}", "a keyword is given once")
+        if name is not None:
+            names.append(name)
+        if isinstance(entry, tuple) and _named(entry):
+            raise problem(
+                "a tensor inside a tuple has a name", "only a whole argument can be passed by keyword"
+            )
+    return entries
+
+
+def _named(entry: InputEntry) -> bool:
+    return entry.name is not None if isinstance(entry, InputSpec) else any(map(_named, entry))

@@ -1,0 +1,117 @@
+"""A file or a dict becomes a Spec, or an error that lists everything wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fusecli.errors import UsageError
+from fusecli.spec import nodes
+from fusecli.spec.code import ExtraMapping, Model
+from fusecli.spec.groups import GroupSpec
+from fusecli.spec.inputs import InputSpec
+from fusecli.spec.model import Assume, Checkpoint, Origin, Output, Spec, Verify
+from fusecli.spec.nodes import Finding, Node, Place
+from fusecli.spec.reader import DEEPEST, read_tree
+from fusecli.spec.text import decode, read_bytes
+from fusecli.spec.wording import escaped, shown, suggestion
+
+# The mapping that stands below each top-level key; its fields are the keys that may be meant.
+_PARTS: dict[str, type[BaseModel]] = {
+    "checkpoint": Checkpoint,
+    "model": Model,
+    "inputs": InputSpec,
+    "groups": GroupSpec,
+    "assume": Assume,
+    "extra_mappings": ExtraMapping,
+    "verify": Verify,
+    "output": Output,
+}
+
+
+def read_spec(path: str | Path) -> Spec:
+    """The spec in the file at `path`.
+
+    Raises UsageError with all problems at once, each with file, line and column as the user gave the file.
+    """
+    data = read_bytes(Path(path))
+    label = escaped(str(path))
+    root, findings = read_tree(decode(data, label), label)
+    return _validated(root, findings, Origin(source=Path(path), sha256=hashlib.sha256(data).hexdigest()))
+
+
+def spec_from_mapping(mapping: Mapping[str, Any], where: str = "spec") -> Spec:
+    """The spec that a dict holds, read as strictly as a file; places look like `spec.groups[0]`.
+
+    Raises UsageError with all problems at once.
+    """
+    findings: list[Finding] = []
+    return _validated(_node(mapping, (), where, findings), findings, Origin())
+
+
+def _validated(root: Node, findings: list[Finding], origin: Origin) -> Spec:
+    root = _one_group_is_a_list_of_groups(root)
+    try:
+        spec = Spec.model_validate(nodes.unwrap(root))
+    except ValidationError as error:
+        # What the reader has refused is not reported a second time for being no number either.
+        known = {found.place for found in findings}
+        located = [_finding(details, root) for details in error.errors(include_url=False)]
+        findings = findings + [found for found in located if found.place not in known]
+    if findings:
+        raise UsageError(*nodes.in_order(findings))
+    spec._origin = Origin(origin.source, origin.sha256, root)
+    return spec
+
+
+def _one_group_is_a_list_of_groups(root: Node) -> Node:
+    """A flat list of names is one group, as in torch.ao."""
+    groups = root.content.get("groups") if isinstance(root.content, dict) else None
+    if groups is None or not isinstance(groups.content, (list, tuple)) or not groups.content:
+        return root
+    if not all(isinstance(item.content, str) for item in groups.content):
+        return root
+    wrapped = Node([Node(groups.content, groups.place)], groups.place, groups.key_place)
+    return Node({**root.content, "groups": wrapped}, root.place)
+
+
+def _node(value: object, path: nodes.Path, label: str, findings: list[Finding]) -> Node:
+    place = Place(0, 0, nodes.written(path, label))
+    if len(path) > DEEPEST:
+        findings.append(Finding(place, f"this is nested deeper than {DEEPEST} levels"))
+        return Node(None, place)
+    if isinstance(value, (list, tuple)):
+        items = [_node(item, (*path, i), label, findings) for i, item in enumerate(value)]
+        # A tuple among the kwargs reaches the factory as a tuple.
+        return Node(tuple(items) if isinstance(value, tuple) else items, place)
+    if not isinstance(value, Mapping):
+        return Node(value, place)
+    entries: dict[str, Node] = {}
+    for key, item in value.items():
+        if isinstance(key, str):
+            child = _node(item, (*path, key), label, findings)
+            entries[key] = Node(child.content, child.place, child.place)
+        else:
+            findings.append(Finding(place, f"a key must be text, found {shown(repr(key))}"))
+    return Node(entries, place)
+
+
+def _finding(details: Any, root: Node) -> Finding:
+    loc, kind = details["loc"], details["type"]
+    node = nodes.find(root, loc)
+    if kind == "spec":
+        return Finding(node.place, details["ctx"]["what"], details["ctx"]["fix"])
+    if kind == "extra_forbidden":
+        owner = _PARTS[loc[0]] if len(loc) > 1 else Spec
+        keys = [field.alias or name for name, field in owner.model_fields.items()]
+        what = f"key {shown(loc[-1])} is unknown"
+        return Finding(node.key_place or node.place, what, suggestion(loc[-1], keys))
+    if kind == "missing":
+        return Finding(node.key_place or node.place, f"key {shown(loc[-1])} is missing")
+    if kind == "model_type":
+        return Finding(node.place, "a mapping is expected", "write it as key: value")
+    return Finding(node.place, details["msg"])

@@ -1,0 +1,131 @@
+"""The spec as frozen values: one class for each mapping that a spec file can hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, PrivateAttr, field_validator
+
+from fusecli.spec import nodes
+from fusecli.spec.code import ExtraMapping, Model
+from fusecli.spec.groups import Eps, GroupSpec
+from fusecli.spec.inputs import InputEntry, refuse_misplaced_names
+from fusecli.spec.part import Count, Flag, Listed, Part, Text, as_mapping, nothing_or_mapping
+from fusecli.spec.scalars import nullable, one_of, problem, read_bool, read_int, read_text
+
+VERSIONS = (1,)
+
+
+class Checkpoint(Part):
+    """Where the tensors are inside a training file, and prefixes of their names that wrappers left behind."""
+
+    key: Annotated[str | None, BeforeValidator(nullable(read_text))] = None
+    strip_prefix: Listed[Text] = ()
+
+
+class Assume(Part):
+    """What to believe where no module can be asked.
+
+    transposed  how to read a weight that a convolution and a transposed convolution could both have
+    """
+
+    eps: Eps = None
+    transposed: Annotated[bool | None, BeforeValidator(nullable(read_bool))] = None
+
+
+class Verify(Part):
+    """How many random samples the outputs are compared on, and the seed they are drawn with."""
+
+    seed: Annotated[int, BeforeValidator(read_int)] = 0
+    samples: Count = 4
+
+    @field_validator("seed")
+    @classmethod
+    def _torch_takes_it(cls, seed: int) -> int:
+        if not 0 <= seed < 1 << 63:
+            raise problem(f"a seed is at least 0 and below 2**63, found {seed}")
+        return seed
+
+
+class Output(Part):
+    """The file that is written. Without a format the name of the output decides."""
+
+    format: Annotated[
+        Literal["safetensors", "pt"] | None,
+        BeforeValidator(nullable(one_of("format", ("safetensors", "pt")))),
+    ] = None
+    dtype: Annotated[Literal["keep"], BeforeValidator(one_of("dtype", ("keep",)))] = "keep"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a spec came from. Two specs that say the same are equal wherever they stand."""
+
+    source: Path | None = field(default=None, compare=False)
+    sha256: str | None = field(default=None, compare=False)
+    root: nodes.Node | None = field(default=None, compare=False, repr=False)
+
+
+class Spec(Part):
+    """Everything a spec file says, with defaults filled in."""
+
+    version: Annotated[int, BeforeValidator(read_int)] = 1
+    checkpoint: Annotated[Checkpoint, BeforeValidator(as_mapping)] = Checkpoint()
+    model: Annotated[Model | None, BeforeValidator(nothing_or_mapping)] = None
+    inputs: Listed[InputEntry] = ()
+    qat: Flag = False
+    groups: Listed[GroupSpec] = ()
+    assume: Annotated[Assume, BeforeValidator(as_mapping)] = Assume()
+    discover: Flag = False
+    exclude: Listed[Text] = ()
+    extra_mappings: Listed[Annotated[ExtraMapping, BeforeValidator(as_mapping)]] = ()
+    verify: Annotated[Verify, BeforeValidator(as_mapping)] = Verify()
+    output: Annotated[Output, BeforeValidator(as_mapping)] = Output()
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def source(self) -> Path | None:
+        """The file this spec was read from."""
+        return self._origin.source
+
+    @property
+    def sha256(self) -> str | None:
+        """The sha256 of that file's bytes, in hexadecimal."""
+        return self._origin.sha256
+
+    def where(self, path: nodes.Path) -> str:
+        """The place of `path`, or of the nearest thing around it: ("groups", 3) -> "fuse.yaml:14:3"."""
+        root = self._origin.root
+        return str(nodes.find(root, path).place) if root else nodes.written(path, "spec")
+
+    @field_validator("version")
+    @classmethod
+    def _known_version(cls, version: int) -> int:
+        if version not in VERSIONS:
+            known = ", ".join(map(str, VERSIONS))
+            raise problem(
+                f"version {version} is unknown to this fusecli, which knows {known}", "write version: 1"
+            )
+        return version
+
+    @field_validator("qat")
+    @classmethod
+    def _no_qat_yet(cls, qat: bool) -> bool:
+        if qat:
+            raise problem("QAT fusion is not available yet", "write qat: false")
+        return qat
+
+    @field_validator("discover")
+    @classmethod
+    def _no_discovery_yet(cls, discover: bool) -> bool:
+        if discover:
+            raise problem("discovery is not available yet", "write discover: false and list the groups")
+        return discover
+
+    @field_validator("inputs")
+    @classmethod
+    def _positional_first(cls, inputs: tuple[InputEntry, ...]) -> tuple[InputEntry, ...]:
+        return refuse_misplaced_names(inputs)

@@ -1,0 +1,94 @@
+"""Running somebody's model on a copy of its inputs: in eval mode, seeded, without gradients, in one dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_NARROW = {torch.float32, torch.float16, torch.bfloat16}
+_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The arguments of one forward call."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Any) -> Sample:
+        """A tensor is the only argument, a tuple or list are the arguments in order, a dict is by keyword."""
+        if isinstance(inputs, Sample):
+            return inputs
+        if isinstance(inputs, Mapping):
+            return cls(kwargs=dict(inputs))
+        return cls(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,))
+
+    def copy(self, dtype: torch.dtype | None = None) -> Sample:
+        """Fresh tensors, the floating ones in `dtype`: a forward may write to its input."""
+        return Sample(cast(self.args, dtype), cast(dict(self.kwargs), dtype))
+
+
+def cast(value: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of nested tuples, lists and dicts of tensors, floating ones in `dtype` (None: as they are)."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().to(dtype) if dtype and value.is_floating_point() else value.detach().clone()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(cast(item, dtype) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: cast(item, dtype) for key, item in value.items()}
+    return value
+
+
+def run(model: nn.Module, sample: Sample, *, seed: int, dtype: torch.dtype | None = None) -> Any:
+    """What `model` returns for a copy of `sample`, as fresh tensors; random ops start from `seed`.
+
+    dtype float64 also widens what the forward narrows by itself (`x.float()`, `torch.zeros(n)`).
+    The caller's random state stays as it was.
+    """
+    inputs = sample.copy(dtype)
+    exact = float64_arithmetic() if dtype is torch.float64 else nullcontext()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), exact:
+        torch.manual_seed(seed)
+        return cast(model(*inputs.args, **inputs.kwargs), None)
+
+
+@contextmanager
+def float64_arithmetic() -> Iterator[None]:
+    """Inside, casts to a narrower floating dtype and new tensors without one are float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widen():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Widen(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _CASTS:
+            return args[0].double()
+        wide = {key: _wide(value) for key, value in (kwargs or {}).items()}
+        return func(*(_wide(value) for value in args), **wide)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+
+def changed_buffers(before: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """Names of the buffers that a run has written to."""
+    now = dict(model.named_buffers())
+    return [name for name, old in before.items() if name in now and not torch.equal(old, now[name])]
