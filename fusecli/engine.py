@@ -57,13 +57,17 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Decision:
-    """How one group is fused: `members` take part in the rule, `kept` stay where they are."""
+    """How one group is fused: `members` take part in the rule, `kept` stay where they are.
+
+    `custom`: a user's fuser does it, and has to be given real tensors.
+    """
 
     group: Group
     rule: str
     rewrite: Callable[[Modules], Rewrite] = field(compare=False, repr=False)
     members: tuple[str, ...]
     kept: tuple[str, ...] = ()
+    custom: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def _decide(group: Group, modules: list[nn.Module], vocabulary: Vocabulary, uses
             uses.require_single(path, module)
     for custom in vocabulary.fusers:
         if custom.sequence == types:
-            return Decision(group, custom.name, _opaque(custom, group.modules), group.modules)
+            return Decision(group, custom.name, _opaque(custom, group.modules), group.modules, custom=True)
     members = [
         (path, module, vocabulary.kind(module)) for path, module in zip(group.modules, modules, strict=True)
     ]
@@ -283,11 +287,6 @@ def call_fuser(custom: CustomFuser, modules: Sequence[nn.Module]) -> nn.Module:
     return module
 
 
-def replaced_tensors(rewrites: Iterable[Rewrite]) -> set[str]:
-    """The state-dict keys whose tensors a copy of the model need not share: they are replaced or dropped."""
+def replaced(rewrites: Iterable[Rewrite]) -> set[str]:
+    """State-dict keys whose tensors a copy of the model need not copy: it gets new ones."""
     return {key for rewrite in rewrites for key in rewrite.tensors}
-
-
-def absorbed(rewrites: Iterable[Rewrite]) -> set[str]:
-    """Paths of the modules that are gone."""
-    return {edit.path for rewrite in rewrites for edit in rewrite.edits if isinstance(edit, Identity)}

@@ -15,7 +15,7 @@ def compose(outer: LinearOp, inner: LinearOp, dtype: torch.dtype = torch.float64
     """B . A = (B A) x + (B a + b): the one layer that computes outer(inner(x)).
 
     Shapes: outer [g, o, m, *k], inner [g, m, i, *k]; the result is [g, o, i, *k] with the kernel and
-    the geometry of the side that is not pointwise.
+    the geometry of the side that is not pointwise, the inner one if both are.
     Exactness: a pointwise layer acts on each position by itself, so it commutes with everything the
     other side does to positions: any stride, dilation, padding or transposition.
         outer pointwise   always: B sees every output of A, border or not.

@@ -37,7 +37,7 @@ def choose_state(path: Path, root: Any, key: str | None) -> Choice:
         raise unreadable(path, f"holds a {_describe(root)}, not a state dict", _EXPLAIN)
     found = _candidates(root)
     primary = [name for name in _PRIMARY if name in found]
-    if _is_state(root) and not primary:
+    if _is_state(root) and not primary and _outweighs(root, found):
         return Choice(root, None)
     if not found:
         raise unreadable(path, f"no state dict in it (keys: {_listing(root)})", _EXPLAIN)
@@ -61,11 +61,16 @@ def _candidates(root: Mapping[Any, Any], prefix: str = "", depth: int = _DEPTH) 
 
 
 def _is_state(value: Any) -> bool:
-    """Text keys, and more tensors than anything else (extra state, version numbers)."""
+    """Text keys, and tensors for at least half of the values (others: extra state, version numbers)."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
     tensors = sum(isinstance(item, torch.Tensor) for item in value.values())
-    return 2 * tensors > len(value) and not ("exp_avg" in value or "momentum_buffer" in value)
+    return 0 < len(value) <= 2 * tensors and not ("exp_avg" in value or "momentum_buffer" in value)
+
+
+def _outweighs(root: Mapping[Any, Any], found: Mapping[str, Any]) -> bool:
+    """Whether the tables below are extra state of the root, rather than the root a mean and std beside them."""
+    return all(isinstance(state, Mapping) and len(state) <= len(root) for state in found.values())
 
 
 def _is_optimizer(value: Mapping[Any, Any]) -> bool:

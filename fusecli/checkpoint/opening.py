@@ -104,7 +104,7 @@ def _open_mapped(path: Path, kind: Kind, key: str | None, strip_prefix: Sequence
     if key is not None:
         raise misused(path, f"a safetensors file has no key '{key}' to open", "leave out checkpoint.key")
     mapped = map_safetensors(path) if kind is Kind.SAFETENSORS else map_shards(path)
-    renaming = strip_prefixes(path, mapped.tensors, strip_prefix)
+    renaming = _rename(path, mapped.tensors, mapped.tensors, strip_prefix, MANIFEST in mapped.metadata)
     tensors = _renamed(mapped.tensors, renaming)
     return Checkpoint(
         path=path,
@@ -123,8 +123,8 @@ def _open_state(path: Path, kind: Kind, choice: Choice, strip_prefix: Sequence[s
     assert isinstance(state, Mapping)
     found = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     _refuse_names(path, found)
-    # A module knows its own names: what looks like a wrapper's prefix there is part of the model.
-    renaming = Renaming({n: n for n in state}, ()) if module else _rename(path, state, found, strip_prefix)
+    final = module is not None or bool(_manifest(state))
+    renaming = _rename(path, state, found, strip_prefix, final)
     tensors = _renamed({name: store(name, value, path) for name, value in found.items()}, renaming)
     return Checkpoint(
         path=path,
@@ -141,8 +141,15 @@ def _open_state(path: Path, kind: Kind, choice: Choice, strip_prefix: Sequence[s
     )
 
 
-def _rename(path: Path, state: Mapping[str, Any], found: Mapping[str, Any], extra: Sequence[str]) -> Renaming:
-    """Tensors decide which prefixes there are; the other entries follow where they carry them."""
+def _rename(
+    path: Path, state: Mapping[str, Any], found: Mapping[str, Any], extra: Sequence[str], final: bool
+) -> Renaming:
+    """Tensors decide which prefixes there are; the other entries follow where they carry them.
+
+    `final`: a module or an artifact, whose names are the model's own, whatever they look like.
+    """
+    if final:
+        return Renaming({name: name for name in state}, ())
     renaming = strip_prefixes(path, found, extra)
     names = dict(renaming.names)
     for other in state:

@@ -10,6 +10,7 @@ from fusecli.checkpoint.foreign import name_foreign
 from fusecli.checkpoint.trouble import DOWNLOAD_AGAIN, misused, unreadable
 
 _HEAD = 1024
+_SMALLEST = 10  # a safetensors file without tensors
 # The integer 0x1950a86a20f9469cfc6c, as every pickle protocol writes it (LONG1, ten bytes, STOP).
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
 
@@ -30,8 +31,9 @@ def sniff(path: Path) -> Kind:
     Raises UsageError where there is no file to read, UnsafeError naming a file that is no checkpoint.
     """
     head, size = _read_head(path)
-    if size == 0:
-        raise unreadable(path, "the file is empty", DOWNLOAD_AGAIN)
+    if size < _SMALLEST:
+        what = f"the file has only {size} bytes: it was cut off" if size else "the file is empty"
+        raise unreadable(path, what, DOWNLOAD_AGAIN)
     if kind := _known(head):
         return kind
     if foreign := name_foreign(head):
@@ -41,8 +43,6 @@ def sniff(path: Path) -> Kind:
         return Kind.SHARDS
     if head[8:9] == b"{":
         return Kind.SAFETENSORS  # with an absurd header length; the reader says so
-    if size < 16:
-        raise unreadable(path, f"the file has {size} bytes: it was cut off", DOWNLOAD_AGAIN)
     return Kind.PICKLE  # protocols 0 and 1 have no magic; the scan tells them from noise
 
 

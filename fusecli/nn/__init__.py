@@ -14,6 +14,7 @@ from fusecli.nn.relu import (
     ConvReLU2d,
     ConvReLU3d,
     LinearReLU,
+    container_class,
     container_for,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "ConvReLU3d",
     "FusedModule",
     "LinearReLU",
+    "container_class",
     "container_for",
 ]

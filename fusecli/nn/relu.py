@@ -59,3 +59,8 @@ _CONTAINERS = (ConvReLU1d, ConvReLU2d, ConvReLU3d, LinearReLU, BNReLU1d, BNReLU2
 def container_for(first: nn.Module) -> type[FusedModule] | None:
     """The container that takes `first` and an nn.ReLU, or None: transposed convs, for one, have none."""
     return next((kind for kind in _CONTAINERS if isinstance(first, kind.members[0])), None)
+
+
+def container_class(name: str) -> type[FusedModule]:
+    """The container of that name; raises KeyError for any other, since names come from files."""
+    return {kind.__name__: kind for kind in _CONTAINERS}[name]

@@ -1,4 +1,4 @@
-"""A page of fixed width on a console: here untrusted text becomes lines that nothing can forge or overflow."""
+"""A page of fixed width on a console: untrusted text becomes lines that it cannot forge or overflow."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def shortened(text: str, width: int) -> str:
 def _pieces(word: str, width: int) -> list[str]:
     pieces = []
     while cell_len(word) > width:
-        cut = next(n for n in range(len(word), 0, -1) if cell_len(word[:n]) <= width)
+        cut = next(n for n in range(min(len(word), width), 0, -1) if cell_len(word[:n]) <= width)
         # A CI runner obeys a line that begins with ::, so a break may not make one.
         while cut > 1 and word.startswith("::", cut):
             cut -= 1

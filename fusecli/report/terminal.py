@@ -87,12 +87,17 @@ def _ledger(page: Page, outcome: Outcome) -> None:
 
 def _totals(page: Page, outcome: Outcome) -> None:
     rows = facts.totals_rows(outcome)
-    if rows:
-        page.title("Totals")
-        page.line((f"  {'':12}{'before':>15}{'after':>15}", "dim"))
+    if not rows:
+        return
+    page.title("Totals")
+    column = 2 + max(len(whole(count)) for _, *counts in rows for count in (*counts, 100_000))
+    page.line((f"  {'':11}{'before':>{column}}{'after':>{column}}", "dim"))
     for name, before, after in rows:
-        numbers = f"{whole(before):>15}{whole(after):>15}"
-        page.line((f"  {name:12}", "dim"), (numbers, ""), (f"  {difference(before, after)}", "dim"))
+        numbers = f"{whole(before):>{column}}{whole(after):>{column}}"
+        change = f"  {difference(before, after)}"
+        # Half a number would be a wrong number, so a narrow page goes without.
+        fits = 13 + len(numbers) + len(change) <= page.width
+        page.line((f"  {name:11}", "dim"), (numbers, ""), (change if fits else "", "dim"))
 
 
 def _checks(page: Page, outcome: Outcome) -> None:

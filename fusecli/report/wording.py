@@ -40,9 +40,9 @@ _VERBS = {"fused": "folded", "verified": "verified", "planned": "planned"}
 _REMEDIES = {
     "different": "leave the group that differs out of the spec, or correct its pairing, and fuse again",
     "inconclusive": "give inputs that run every group (`inputs:` in the spec), or more of them (--samples)",
-    "refused": "follow the remedies above, or leave the refused groups out of the spec",
+    "refused": "follow the remedies, or leave the refused groups out of the spec",
     "nothing to fuse": "check with `fusecli inspect` that this checkpoint still holds norm layers",
-    "error": "correct the problems above and run the command again",
+    "error": "correct the problems and run the command again",
 }
 
 
@@ -116,7 +116,7 @@ def _claimed(outcome: Outcome) -> Iterator[tuple[str, str]]:
 def _written(outcome: Outcome) -> Iterator[tuple[str, str]]:
     if outcome.status == "fused" and outcome.output is not None:
         yield "written", f"{outcome.output.path} ({size(outcome.output.bytes)})"
-        yield "load with", "fusecli.load_fused(model, path), not load_state_dict: the structure changed"
+        yield "load with", "fusecli.load_fused, not load_state_dict: the structure changed"
     elif outcome.status not in ("fused", "verified", "planned") and _fuses(outcome):
         yield "written", "nothing"
 

@@ -3,10 +3,11 @@
 from fusecli.rewrite.apply import apply_edits, apply_rewrite
 from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder, Rewrite
 from fusecli.rewrite.keys import KeyMap
-from fusecli.rewrite.manifest import GroupRecord, Manifest
+from fusecli.rewrite.manifest import MANIFEST_KEY, GroupRecord, Manifest
 from fusecli.rewrite.tree import ModuleTree, plant
 
 __all__ = [
+    "MANIFEST_KEY",
     "Bias",
     "Container",
     "Edit",

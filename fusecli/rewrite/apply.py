@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fusecli import nn as containers
+from fusecli.nn import container_class
 from fusecli.outcome import LedgerEntry
 from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder, Rewrite
 from fusecli.rewrite.hooks import BACKWARD, POST, PRE, move_hooks, take_hooks
@@ -61,7 +61,7 @@ def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
             _replace(tree, path, rest)
         case Container(path, cls, members):
             first, last = tree[members[0]], tree[members[-1]]
-            container = getattr(containers, cls)(*(tree[member] for member in members))
+            container = container_class(cls)(*(tree[member] for member in members))
             move_hooks(first, container, PRE)
             move_hooks(last, container, POST)
             _place(tree, path, members, container)

@@ -11,7 +11,7 @@ from fusecli.errors import Problem, UnsafeError
 from fusecli.outcome import Evidence
 from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder
 
-KEY = "fusecli"  # the name of the manifest in safetensors metadata and in a state dict's _metadata
+MANIFEST_KEY = "fusecli"  # the name of the manifest in safetensors metadata and in a state dict's _metadata
 VERSION = 1
 _EDITS: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in (Bias, Identity, Container, Remainder, Opaque)}
 
@@ -29,7 +29,11 @@ class GroupRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`mode` says what the artifact is good for: "folded" (inference); QAT containers have their own word."""
+    """`mode` says what the artifact is good for: "folded" (inference); QAT containers have their own word.
+
+    ties              names of the original checkpoint that were the very same memory
+    key, strip_prefix how the original checkpoint has to be opened, as the spec said it
+    """
 
     mode: str
     groups: tuple[GroupRecord, ...]
@@ -38,6 +42,8 @@ class Manifest:
     spec_sha256: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
+    key: str = ""
+    strip_prefix: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Sorted keys, no timestamps, no paths: the same work gives the same bytes."""
@@ -50,6 +56,8 @@ class Manifest:
             "spec_sha256": self.spec_sha256,
             "versions": dict(self.versions),
             "ties": [list(tie) for tie in self.ties],
+            "key": self.key,
+            "strip_prefix": list(self.strip_prefix),
         }
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
@@ -74,6 +82,8 @@ class Manifest:
                 spec_sha256=str(document["spec_sha256"]),
                 versions={str(k): str(v) for k, v in document["versions"].items()},
                 ties=tuple(_names(tie) for tie in document["ties"]),
+                key=str(document["key"]),
+                strip_prefix=_names(document["strip_prefix"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UnsafeError(

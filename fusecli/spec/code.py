@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self, TypeAliasType
 
-from fusecli.spec.part import ClassName, Code, Listed, Part, as_mapping
+from fusecli.spec.part import ClassName, Code, Listed, Maybe, Part, Section
 from fusecli.spec.scalars import problem, read_free
 
 
@@ -27,23 +27,27 @@ class Model(Part):
     """The code that builds the model: `package.module:callable` or `path/to/file.py:callable`."""
 
     factory: Code
-    kwargs: Annotated[dict[str, FreeValue], BeforeValidator(as_mapping)] = Field(default_factory=dict)
+    kwargs: Section[dict[str, FreeValue]] = Field(default_factory=dict)
+
+
+def _two_or_more(sequence: tuple[str, ...]) -> tuple[str, ...]:
+    if len(sequence) < 2:
+        raise problem("a sequence needs at least two classes", "for example [torch.nn.Conv2d, pkg.mod.Norm]")
+    return sequence
 
 
 class ExtraMapping(Part):
     """{sequence, fuser}: code that fuses these classes; {treat, as}: a class that behaves like another."""
 
-    sequence: Listed[ClassName] | None = None
-    fuser: Code | None = None
-    treat: ClassName | None = None
-    as_: ClassName | None = Field(default=None, alias="as")
+    sequence: Maybe[Annotated[Listed[ClassName], AfterValidator(_two_or_more)]] = None
+    fuser: Maybe[Code] = None
+    treat: Maybe[ClassName] = None
+    as_: Maybe[ClassName] = Field(default=None, alias="as")
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
-        given = {key.rstrip("_") for key in self.model_fields_set}
-        if given not in ({"sequence", "fuser"}, {"treat", "as"}):
-            fix = "write {sequence: [...], fuser: 'pkg.mod:function'} or {treat: class, as: class}"
-            raise problem("an extra mapping is a sequence with its fuser, or a treat with its as", fix)
-        if self.sequence is not None and len(self.sequence) < 2:
-            raise problem("a sequence needs at least two classes", "[torch.nn.Conv2d, pkg.mod.Norm]")
-        return self
+        given = {key.rstrip("_") for key, value in self if value is not None}
+        if given in ({"sequence", "fuser"}, {"treat", "as"}):
+            return self
+        fix = "write {sequence: [...], fuser: 'pkg.mod:function'} or {treat: class, as: class}"
+        raise problem("an extra mapping is a sequence with its fuser, or a treat with its as", fix)

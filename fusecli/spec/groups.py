@@ -6,8 +6,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
-from fusecli.spec.part import Count, Listed, Part, Text
-from fusecli.spec.scalars import nullable, one_of, problem, read_float
+from fusecli.spec.part import Count, Eps, Listed, Maybe, Part, Pattern
+from fusecli.spec.scalars import one_of, problem
 from fusecli.spec.wording import described
 
 Kind = Literal[
@@ -15,18 +15,11 @@ Kind = Literal[
 ]
 
 
-def _read_eps(value: object) -> float:
-    eps = read_float(value)
-    if not eps > 0:
-        raise problem(f"eps is above 0, found {eps}", "torch's own default is 1e-5")
-    return float(eps)
-
-
 def _read_stride(value: object) -> object:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-Eps = Annotated[float | None, BeforeValidator(nullable(_read_eps))]
+Stride = Annotated[Listed[Count], BeforeValidator(_read_stride)]
 
 
 class GroupSpec(Part):
@@ -36,11 +29,11 @@ class GroupSpec(Part):
     A single stride stands for all dimensions.
     """
 
-    modules: Listed[Text]
-    kind: Annotated[Kind | None, BeforeValidator(nullable(one_of("kind", get_args(Kind))))] = None
-    groups: Count | None = None
-    eps: Eps = None
-    stride: Annotated[Listed[Count] | None, BeforeValidator(nullable(_read_stride))] = None
+    modules: Listed[Pattern]
+    kind: Maybe[Annotated[Kind, BeforeValidator(one_of("kind", get_args(Kind)))]] = None
+    groups: Maybe[Count] = None
+    eps: Maybe[Eps] = None
+    stride: Maybe[Stride] = None
 
     @model_validator(mode="before")
     @classmethod

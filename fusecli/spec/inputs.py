@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Discriminator, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag, model_validator
 from typing_extensions import Self, TypeAliasType
 
-from fusecli.spec.part import Listed, Part, Text
-from fusecli.spec.scalars import one_of, problem, read_float, read_int
+from fusecli.spec.part import Count, Listed, Maybe, Part, Text
+from fusecli.spec.scalars import one_of, problem, read_float
 from fusecli.spec.wording import shown
 
 DType = Literal[
@@ -21,11 +21,25 @@ _LIMITS = {"uint8": (0, 1 << 8)} | {
 _MOST_ELEMENTS = 1 << 31
 
 
-def _read_size(value: object) -> int:
-    size = read_int(value)
-    if size < 1:
-        raise problem(f"a size is at least 1, found {size}")
-    return size
+def _allocatable(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise problem("this shape has more than 2**31 elements")
+    return shape
+
+
+def _low_before_high(ends: tuple[float, ...]) -> tuple[float, ...]:
+    if len(ends) != 2 or not ends[0] < ends[1]:
+        raise problem("a range is [low, high) with low < high", "for example range: [0, 1000]")
+    return ends
+
+
+def _keyword(name: str) -> str:
+    if not name.isidentifier():
+        raise problem(f"{shown(name)} cannot be the name of a forward argument")
+    return name
+
+
+Number = Annotated[int | float, BeforeValidator(read_float)]
 
 
 class InputSpec(Part):
@@ -34,38 +48,16 @@ class InputSpec(Part):
     range is half open: [low, high). A `name` passes the tensor by keyword.
     """
 
-    shape: Listed[Annotated[int, BeforeValidator(_read_size)]] | None = None
+    shape: Maybe[Annotated[Listed[Count], AfterValidator(_allocatable)]] = None
     dtype: Annotated[DType, BeforeValidator(one_of("dtype", get_args(DType)))] = "float32"
-    range: Listed[Annotated[int | float, BeforeValidator(read_float)]] | None = None
-    file: Text | None = None
-    key: Text | None = None
-    name: Text | None = None
-
-    @field_validator("shape")
-    @classmethod
-    def _allocatable(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if math.prod(shape) > _MOST_ELEMENTS:
-            raise problem("this shape has more than 2**31 elements")
-        return shape
-
-    @field_validator("range")
-    @classmethod
-    def _low_before_high(cls, range: tuple[float, ...]) -> tuple[float, ...]:
-        if len(range) != 2 or not range[0] < range[1]:
-            raise problem("a range is [low, high) with low < high", "for example range: [0, 1000]")
-        return range
-
-    @field_validator("name")
-    @classmethod
-    def _a_keyword(cls, name: str) -> str:
-        if not name.isidentifier():
-            raise problem(f"{shown(name)} cannot be the name of a forward argument")
-        return name
+    range: Maybe[Annotated[Listed[Number], AfterValidator(_low_before_high)]] = None
+    file: Maybe[Text] = None
+    key: Maybe[Text] = None
+    name: Maybe[Annotated[Text, AfterValidator(_keyword)]] = None
 
     @model_validator(mode="after")
     def _drawn_or_read(self) -> Self:
-        given = self.model_fields_set
-        if len(given & {"shape", "file"}) != 1:
+        if (self.shape is None) == (self.file is None):
             what = "an input has a shape or a file" + (", not both" if self.file else "")
             raise problem(what, "write {shape: [2, 3, 224, 224]} or {file: samples.safetensors, key: images}")
         if self.file and self.key is None:
@@ -74,7 +66,7 @@ class InputSpec(Part):
             raise problem(
                 "key belongs to an input that is read from a file", "remove key, or give file for shape"
             )
-        if self.file and (stray := sorted(given & {"dtype", "range"})):
+        if self.file and (stray := sorted(self.model_fields_set & {"dtype", "range"})):
             raise problem(
                 f"{' and '.join(stray)} cannot go with a file, which has its own values", "remove it"
             )

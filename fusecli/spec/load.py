@@ -54,16 +54,19 @@ def spec_from_mapping(mapping: Mapping[str, Any], where: str = "spec") -> Spec:
 
 
 def _validated(root: Node, findings: list[Finding], origin: Origin) -> Spec:
+    hidden = 0
     root = _one_group_is_a_list_of_groups(root)
     try:
         spec = Spec.model_validate(nodes.unwrap(root))
     except ValidationError as error:
+        details = error.errors(include_url=False)
+        found = [_finding(detail, root) for detail in details[: nodes.MOST_PROBLEMS]]
         # What the reader has refused is not reported a second time for being no number either.
-        known = {found.place for found in findings}
-        located = [_finding(details, root) for details in error.errors(include_url=False)]
-        findings = findings + [found for found in located if found.place not in known]
+        known = {finding.place for finding in findings}
+        findings = findings + [finding for place, finding in found if place not in known]
+        hidden = len(details) - len(found)
     if findings:
-        raise UsageError(*nodes.in_order(findings))
+        raise UsageError(*nodes.in_order(findings, hidden))
     spec._origin = Origin(origin.source, origin.sha256, root)
     return spec
 
@@ -75,7 +78,7 @@ def _one_group_is_a_list_of_groups(root: Node) -> Node:
         return root
     if not all(isinstance(item.content, str) for item in groups.content):
         return root
-    wrapped = Node([Node(groups.content, groups.place)], groups.place, groups.key_place)
+    wrapped = Node([groups], groups.place, groups.key_place)
     return Node({**root.content, "groups": wrapped}, root.place)
 
 
@@ -100,18 +103,19 @@ def _node(value: object, path: nodes.Path, label: str, findings: list[Finding]) 
     return Node(entries, place)
 
 
-def _finding(details: Any, root: Node) -> Finding:
+def _finding(details: Any, root: Node) -> tuple[Place, Finding]:
+    """The place of the value that pydantic complains about, and the complaint in our words."""
     loc, kind = details["loc"], details["type"]
     node = nodes.find(root, loc)
+    at_key = node.key_place or node.place
     if kind == "spec":
-        return Finding(node.place, details["ctx"]["what"], details["ctx"]["fix"])
+        return node.place, Finding(node.headed, details["ctx"]["what"], details["ctx"]["fix"])
     if kind == "extra_forbidden":
         owner = _PARTS[loc[0]] if len(loc) > 1 else Spec
         keys = [field.alias or name for name, field in owner.model_fields.items()]
-        what = f"key {shown(loc[-1])} is unknown"
-        return Finding(node.key_place or node.place, what, suggestion(loc[-1], keys))
+        return node.place, Finding(at_key, f"key {shown(loc[-1])} is unknown", suggestion(loc[-1], keys))
     if kind == "missing":
-        return Finding(node.key_place or node.place, f"key {shown(loc[-1])} is missing")
+        return node.place, Finding(at_key, f"key {shown(loc[-1])} is missing")
     if kind == "model_type":
-        return Finding(node.place, "a mapping is expected", "write it as key: value")
-    return Finding(node.place, details["msg"])
+        return node.place, Finding(node.headed, "a mapping is expected", "write it as key: value")
+    return node.place, Finding(node.headed, details["msg"])

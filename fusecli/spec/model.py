@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, PrivateAttr, field_validator
+from pydantic import AfterValidator, BeforeValidator, PrivateAttr, field_validator
 
 from fusecli.spec import nodes
 from fusecli.spec.code import ExtraMapping, Model
-from fusecli.spec.groups import Eps, GroupSpec
+from fusecli.spec.groups import GroupSpec
 from fusecli.spec.inputs import InputEntry, refuse_misplaced_names
-from fusecli.spec.part import Count, Flag, Listed, Part, Text, as_mapping, nothing_or_mapping
-from fusecli.spec.scalars import nullable, one_of, problem, read_bool, read_int, read_text
+from fusecli.spec.part import Count, Eps, Flag, Listed, Maybe, Part, Pattern, Section, Text
+from fusecli.spec.scalars import one_of, problem, read_int
 
 VERSIONS = (1,)
 
@@ -21,7 +21,7 @@ VERSIONS = (1,)
 class Checkpoint(Part):
     """Where the tensors are inside a training file, and prefixes of their names that wrappers left behind."""
 
-    key: Annotated[str | None, BeforeValidator(nullable(read_text))] = None
+    key: Maybe[Text] = None
     strip_prefix: Listed[Text] = ()
 
 
@@ -31,30 +31,28 @@ class Assume(Part):
     transposed  how to read a weight that a convolution and a transposed convolution could both have
     """
 
-    eps: Eps = None
-    transposed: Annotated[bool | None, BeforeValidator(nullable(read_bool))] = None
+    eps: Maybe[Eps] = None
+    transposed: Maybe[Flag] = None
+
+
+def _torch_takes_it(seed: int) -> int:
+    if not 0 <= seed < 1 << 63:
+        raise problem(f"a seed is at least 0 and below 2**63, found {seed}")
+    return seed
 
 
 class Verify(Part):
     """How many random samples the outputs are compared on, and the seed they are drawn with."""
 
-    seed: Annotated[int, BeforeValidator(read_int)] = 0
+    seed: Annotated[int, BeforeValidator(read_int), AfterValidator(_torch_takes_it)] = 0
     samples: Count = 4
-
-    @field_validator("seed")
-    @classmethod
-    def _torch_takes_it(cls, seed: int) -> int:
-        if not 0 <= seed < 1 << 63:
-            raise problem(f"a seed is at least 0 and below 2**63, found {seed}")
-        return seed
 
 
 class Output(Part):
     """The file that is written. Without a format the name of the output decides."""
 
-    format: Annotated[
-        Literal["safetensors", "pt"] | None,
-        BeforeValidator(nullable(one_of("format", ("safetensors", "pt")))),
+    format: Maybe[
+        Annotated[Literal["safetensors", "pt"], BeforeValidator(one_of("format", ("safetensors", "pt")))]
     ] = None
     dtype: Annotated[Literal["keep"], BeforeValidator(one_of("dtype", ("keep",)))] = "keep"
 
@@ -72,17 +70,17 @@ class Spec(Part):
     """Everything a spec file says, with defaults filled in."""
 
     version: Annotated[int, BeforeValidator(read_int)] = 1
-    checkpoint: Annotated[Checkpoint, BeforeValidator(as_mapping)] = Checkpoint()
-    model: Annotated[Model | None, BeforeValidator(nothing_or_mapping)] = None
+    checkpoint: Section[Checkpoint] = Checkpoint()
+    model: Maybe[Section[Model]] = None
     inputs: Listed[InputEntry] = ()
     qat: Flag = False
     groups: Listed[GroupSpec] = ()
-    assume: Annotated[Assume, BeforeValidator(as_mapping)] = Assume()
+    assume: Section[Assume] = Assume()
     discover: Flag = False
-    exclude: Listed[Text] = ()
-    extra_mappings: Listed[Annotated[ExtraMapping, BeforeValidator(as_mapping)]] = ()
-    verify: Annotated[Verify, BeforeValidator(as_mapping)] = Verify()
-    output: Annotated[Output, BeforeValidator(as_mapping)] = Output()
+    exclude: Listed[Pattern] = ()
+    extra_mappings: Listed[Section[ExtraMapping]] = ()
+    verify: Section[Verify] = Verify()
+    output: Section[Output] = Output()
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
@@ -99,7 +97,7 @@ class Spec(Part):
     def where(self, path: nodes.Path) -> str:
         """The place of `path`, or of the nearest thing around it: ("groups", 3) -> "fuse.yaml:14:3"."""
         root = self._origin.root
-        return str(nodes.find(root, path).place) if root else nodes.written(path, "spec")
+        return str(nodes.find(root, path).headed) if root else nodes.written(path, "spec")
 
     @field_validator("version")
     @classmethod

@@ -1,12 +1,16 @@
-"""The module names of a model as a tree of dotted components: patterns and near misses without all-pairs loops."""
+"""The module names of a model as a tree of dotted components.
+
+Patterns and near misses follow the tree, so no question compares every name with every other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import islice
+
+from fusecli.spec.wording import closest
 
 Binding = tuple[str, ...]
 
@@ -78,15 +82,16 @@ class NameTree:
         return ".".join(parts) if branch.order is not None else None
 
     def _by_suffix(self, name: str) -> str | None:
-        """A wrapper's prefix too many or too few."""
-        ends = (n for n in self.order if n.endswith(f".{name}") or name.endswith(f".{n}"))
+        """A wrapper's prefix too few, or one too many that the model does not have."""
+        foreign = name.split(".", 1)[0] not in self._root.children
+        ends = (n for n in self.order if n.endswith(f".{name}") or (foreign and name.endswith(f".{n}")))
         return min(ends, key=lambda n: abs(len(n) - len(name)), default=None)
 
     def _by_look(self, name: str) -> str | None:
         leaf = name.rpartition(".")[2]
         same_leaf = (n for n in self.order if n.rpartition(".")[2] == leaf)
         pool = list(islice(same_leaf, _MOST_COMPARED)) or list(islice(self.order, _MOST_COMPARED))
-        return next(iter(get_close_matches(name, pool, n=1)), None)
+        return closest(name, pool)
 
 
 def _near_child(branch: _Branch, part: str) -> str | None:
@@ -95,7 +100,7 @@ def _near_child(branch: _Branch, part: str) -> str | None:
     if matching := next((child for child in branch.children if glob(part, child) is not None), None):
         return matching
     alike = (child for child in branch.children if abs(len(child) - len(part)) <= 3)
-    return next(iter(get_close_matches(part, islice(alike, _MOST_COMPARED), n=1)), None)
+    return closest(part, islice(alike, _MOST_COMPARED))
 
 
 def _walk(root: _Branch, pattern: str) -> Iterator[tuple[_Branch, Binding]]:

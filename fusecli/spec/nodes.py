@@ -48,11 +48,24 @@ class Node:
     place: Place
     key_place: Place | None = None
 
+    @property
+    def headed(self) -> Place:
+        """Where a reader looks for it: a collection is known by its key, a leaf stands for itself."""
+        collection = isinstance(self.content, (dict, list, tuple))
+        return self.key_place if self.key_place and collection else self.place
 
-def in_order(findings: Iterable[Finding]) -> tuple[Problem, ...]:
-    """The findings as problems, sorted by line and column, each once."""
+
+# Beyond this a list of problems helps nobody, and near misses for each would take their time.
+MOST_PROBLEMS = 1000
+
+
+def in_order(findings: Iterable[Finding], hidden: int = 0) -> tuple[Problem, ...]:
+    """The findings as problems, sorted by line and column, each once; then how many are not shown."""
     ordered = sorted(dict.fromkeys(findings), key=lambda found: found.place[:2])
-    return tuple(Problem(found.what, str(found.place), found.fix) for found in ordered)
+    problems = [Problem(found.what, str(found.place), found.fix) for found in ordered[:MOST_PROBLEMS]]
+    hidden += len(ordered) - len(problems)
+    more = [Problem(f"{hidden} more problems are not shown")] if hidden else []
+    return (*problems, *more)
 
 
 def find(root: Node, path: Path) -> Node:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 
-from fusecli.spec.scalars import is_nothing, problem, read_bool, read_int, read_text
+from fusecli.spec.scalars import is_nothing, problem, read_bool, read_float, read_int, read_text
 from fusecli.spec.wording import described, shown
 
 _IDENTIFIERS = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
@@ -38,9 +38,14 @@ def as_mapping(value: object) -> object:
     raise problem(f"a mapping is expected, found {described(value)}", "write it as key: value")
 
 
-def nothing_or_mapping(value: object) -> object:
-    """None, or as `as_mapping`."""
-    return None if is_nothing(value) else as_mapping(value)
+def _nothing_is_none(value: object) -> object:
+    return None if is_nothing(value) else value
+
+
+def _pattern(text: str) -> str:
+    if "**" in text:
+        raise problem(f"{shown(text)} has '**', which is no wildcard here", "write one * for each component")
+    return text
 
 
 def _code(text: str) -> str:
@@ -62,9 +67,29 @@ def _countable(number: int) -> int:
     return number
 
 
+def _read_eps(value: object) -> float:
+    eps = read_float(value)
+    if not eps > 0:
+        raise problem(f"eps is above 0, found {eps}", "torch's own default is 1e-5")
+    return float(eps)
+
+
 Listed = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
+Section = Annotated[T, BeforeValidator(as_mapping)]
+Maybe = Annotated[T | None, BeforeValidator(_nothing_is_none)]
+
 Text = Annotated[str, BeforeValidator(read_text)]
+# An editor reads an unquoted 1.10 or null as YAML does; as a name it is good all the same.
+Pattern = Annotated[
+    Text, AfterValidator(_pattern), WithJsonSchema({"type": ["string", "number", "boolean", "null"]})
+]
 Flag = Annotated[bool, BeforeValidator(read_bool)]
-Count = Annotated[int, BeforeValidator(read_int), AfterValidator(_countable)]
+Count = Annotated[
+    int,
+    BeforeValidator(read_int),
+    AfterValidator(_countable),
+    WithJsonSchema({"type": "integer", "minimum": 1}),
+]
+Eps = Annotated[float, BeforeValidator(_read_eps), WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
 Code = Annotated[str, BeforeValidator(read_text), AfterValidator(_code)]
 ClassName = Annotated[str, BeforeValidator(read_text), AfterValidator(_dotted_class)]

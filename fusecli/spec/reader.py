@@ -8,6 +8,7 @@ stands, nesting is counted, and scalars stay text.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
@@ -100,9 +101,7 @@ class _Reading:
             key = self.node(event, events, depth + 1)
             value = self.node(next(events), events, depth + 1)
             if self._is_key(key, entries):
-                # A collection is named by its key: the first line of its content says less.
-                place = key.place if isinstance(value.content, (dict, list)) else value.place
-                entries[str(key.content)] = Node(value.content, place, key.place)
+                entries[str(key.content)] = Node(value.content, value.place, key.place)
         return entries
 
     def _is_key(self, key: Node, entries: dict[str, Node]) -> bool:
@@ -130,25 +129,29 @@ class _Reading:
             self.findings.append(Finding(place, what, "write the values out"))
 
     def _place(self, event: yaml.Event) -> Place:
-        mark = event.start_mark
-        return Place(mark.line + 1, mark.column + 1, self.label) if mark else Place(1, 1, self.label)
+        return _marked(event.start_mark, self.label)
 
     def _stop(self, place: Place, what: str, fix: str) -> _UnreadableError:
         return _UnreadableError(Finding(place, what, fix))
 
 
 def _syntax(error: yaml.YAMLError, label: str) -> Finding:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    place = Place(mark.line + 1, mark.column + 1, label) if mark else Place(1, 1, label)
     problem = str(getattr(error, "problem", None) or error)
     context = str(getattr(error, "context", None) or "")
+    place = _marked(getattr(error, "problem_mark", None), label)
     if "alias" in context:
         return Finding(place, "a '*' begins a YAML alias here", 'put patterns in quotes: "*.bn"')
     if "mapping values are not allowed" in problem:
-        return Finding(
-            place,
-            "this ':' makes a key where none can stand",
-            "check the indentation, quote text that contains ': '",
-        )
+        fix = "check the indentation, quote text that contains ': '"
+        return Finding(place, "this ':' makes a key where none can stand", fix)
+    if "flow" in context or "quoted" in context:
+        # Where it begins is closer to the mistake than the line on which the parser gave up.
+        place = _marked(getattr(error, "context_mark", None), label)
+        end = "quote has no end" if "quoted" in context else "bracket has no end, or a comma is missing in it"
+        return Finding(place, f"this {end}", "close it")
     what = f"this is not YAML: {escaped(' '.join(filter(None, [problem, context])))}"
     return Finding(place, what, "check the indentation, the brackets and the quotes around this place")
+
+
+def _marked(mark: Any, label: str) -> Place:
+    return Place(mark.line + 1, mark.column + 1, label) if mark else Place(1, 1, label)

@@ -38,11 +38,6 @@ def is_nothing(value: object) -> bool:
     return value is None or (isinstance(value, Plain) and value in _NOTHING)
 
 
-def nullable(read: Callable[[object], object]) -> Callable[[object], object]:
-    """`read`, for keys where null stands for "not given"."""
-    return lambda value: None if is_nothing(value) else read(value)
-
-
 def read_text(value: object) -> str:
     """The text as it stands in the file, whatever YAML would make of it: 1.10, 012, yes, null."""
     if not isinstance(value, str):

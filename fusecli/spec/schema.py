@@ -6,23 +6,28 @@ from typing import Any
 
 from fusecli.spec.model import VERSIONS, Spec
 
-# An editor reads an unquoted 1.10 or null as YAML does; as a name it is good all the same.
-_NAME = {"type": ["string", "number", "boolean", "null"]}
-
 
 def json_schema() -> dict[str, Any]:
     """The schema of what people write: a group may be a bare list, a single group need not be nested."""
     schema = Spec.model_json_schema(by_alias=True)
-    parts = schema["$defs"]
-    names = {"type": "array", "items": _NAME, "minItems": 2}
-    parts["GroupSpec"]["properties"]["modules"] = names
-    parts["GroupMapping"] = parts.pop("GroupSpec")
-    parts["Group"] = {"anyOf": [names, {"$ref": "#/$defs/GroupMapping"}]}
-    _tighten(parts)
-    keys = schema["properties"]
+    keys, parts = schema["properties"], schema["$defs"]
+    names = _group_forms(parts)
     keys["groups"] = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/Group"}}, names]}
     keys["version"] = {"enum": list(VERSIONS), "default": VERSIONS[-1]}
-    keys["exclude"] = {"type": "array", "items": _NAME}
     for later in ("qat", "discover"):
         keys[later] = {"const": False, "default": False}
+    parts["FreeValue"] = {}
+    parts["InputSpec"]["oneOf"] = [{"required": ["shape"]}, {"required": ["file", "key"]}]
+    parts["ExtraMapping"]["oneOf"] = [{"required": ["sequence", "fuser"]}, {"required": ["treat", "as"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fusecli spec"}
+
+
+def _group_forms(parts: dict[str, Any]) -> dict[str, Any]:
+    """Splits the model's GroupSpec into its two spellings; answers the bare list of names."""
+    mapping = parts["GroupMapping"] = parts.pop("GroupSpec")
+    names = mapping["properties"]["modules"]
+    names["minItems"] = 2
+    stride = mapping["properties"]["stride"]["anyOf"]
+    stride.insert(0, stride[0]["items"])
+    parts["Group"] = {"anyOf": [names, {"$ref": "#/$defs/GroupMapping"}]}
+    return dict(names)

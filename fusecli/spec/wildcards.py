@@ -14,7 +14,6 @@ from fusecli.spec.names import Binding, NameTree
 from fusecli.spec.wording import shown
 
 _MOST_NEAREST = 20
-_MOST_PROBLEMS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,8 @@ def bind_groups(spec: Spec, names: Collection[str], *, optional_from: int | None
     bound = [group for i, entry in enumerate(spec.groups) for group in binder.bind(i, entry)]
     if optional_from is None:
         binder.check_exclude()
+    if len(binder.problems) >= nodes.MOST_PROBLEMS:
+        binder.problems.append(Problem("the groups after these are not checked", fix="correct these first"))
     if binder.problems:
         raise UsageError(*binder.problems)
     return bound
@@ -63,7 +64,7 @@ class _Binder:
 
     def bind(self, index: int, entry: GroupSpec) -> list[BoundGroup]:
         where = self.where(("groups", index))
-        if len(self.problems) >= _MOST_PROBLEMS or not self._well_formed(index, entry, where):
+        if len(self.problems) >= nodes.MOST_PROBLEMS or not self._well_formed(index, entry, where):
             return []
         if any("*" in name for name in entry.modules):
             expanded = self._expanded(entry, where)

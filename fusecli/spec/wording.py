@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 _LONGEST = 120
+_ALIKE = 0.6
 
 
 def shown(text: str) -> str:
@@ -21,9 +22,18 @@ def escaped(text: str) -> str:
 
 
 def closest(word: str, options: Iterable[str]) -> str | None:
-    """The option that looks most like `word`, or None."""
-    near = get_close_matches(word[:_LONGEST], list(options), n=1)
-    return near[0] if near else None
+    """The option that looks most like `word`, the first of equals, or None.
+
+    difflib.get_close_matches prefers the last of equals in the alphabet: bn2 before bn1.
+    """
+    best, found = _ALIKE, None
+    matcher = SequenceMatcher(b=word[:_LONGEST], autojunk=False)
+    for option in options:
+        matcher.set_seq1(option)
+        if matcher.real_quick_ratio() > best and matcher.quick_ratio() > best:
+            ratio = matcher.ratio()
+            best, found = (ratio, option) if ratio > best else (best, found)
+    return found
 
 
 def suggestion(word: str, options: Iterable[str]) -> str:

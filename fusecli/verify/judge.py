@@ -9,12 +9,12 @@ From disk  the stored tensors are the float64 fold, rounded once; the rest is un
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusecli.errors import Problem, UsageError
 from fusecli.outcome import Judgement, Verdict
@@ -47,7 +47,7 @@ class Subject:
 
 
 @dataclass
-class _Findings:
+class Findings:
     """Collected on the way; `inconclusive` and `different` are sentences."""
 
     checks: list[GroupCheck]
@@ -59,6 +59,15 @@ class _Findings:
     disk: str = ""
     runs: int = 0
 
+    def note_stored(self, wrong: Sequence[str], total: int) -> None:
+        """The result of comparing `total` stored tensors; `wrong` are the keys of those that do not hold."""
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            self.different.append(f"stored tensors do not hold the fold: {', '.join(wrong[:3])}{more}")
+            self.disk = f"{len(wrong)} of {total} stored tensors do not hold the fold"
+        else:
+            self.disk = f"{total} stored tensors are the exact values, rounded once"
+
 
 def judge(
     subject: Subject, samples: Sequence[Sample], *, seed: int, tick: Callable[[str], None] = lambda _: None
@@ -67,7 +76,7 @@ def judge(
 
     Raises UsageError where the original model cannot be run on the samples at all.
     """
-    found = _Findings(
+    found = Findings(
         [
             GroupCheck(group, _modules(subject.exact, group), _modules(subject.fused, group))
             for group in subject.groups
@@ -88,7 +97,7 @@ def judge(
             found.inconclusive.append(str(no))
             break
     _locate(subject, samples, seed, found)
-    return _verdict(subject, found, seed), found.checks
+    return verdict_of(found, seed, narrowest(subject.original.parameters())), found.checks
 
 
 class _NoTwin(Exception):
@@ -99,19 +108,13 @@ def _modules(model: nn.Module, group: tuple[str, ...]) -> list[nn.Module]:
     return [model.get_submodule(path) for path in group]
 
 
-def _check_stored(subject: Subject, found: _Findings) -> None:
+def _check_stored(subject: Subject, found: Findings) -> None:
     exact, stored = subject.exact.state_dict(), subject.fused.state_dict()
-    wrong = misstored(exact, stored, subject.folded, subject.foreign)
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        found.different.append(f"stored tensors do not hold the fold: {', '.join(wrong[:3])}{more}")
-        found.disk = f"{len(wrong)} of {len(stored)} stored tensors do not hold the fold"
-    else:
-        found.disk = f"{len(stored)} stored tensors are the exact values, rounded once"
+    found.note_stored(misstored(exact, stored, subject.folded, subject.foreign), len(stored))
 
 
 def _semantic(
-    subject: Subject, twin: nn.Module, sample: Sample, seed: int, found: _Findings, *, alone: bool
+    subject: Subject, twin: nn.Module, sample: Sample, seed: int, found: Findings, *, alone: bool
 ) -> Any:
     """Float64 twins, group by group while the original runs, then end to end; returns the original's output."""
     before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
@@ -159,7 +162,7 @@ def _explain_failure(subject: Subject, sample: Sample, seed: int, error: Excepti
 
 
 def _agrees_with_itself(
-    twin: nn.Module, sample: Sample, seed: int, reference: Any, before: dict[str, Any], found: _Findings
+    twin: nn.Module, sample: Sample, seed: int, reference: Any, before: dict[str, Any], found: Findings
 ) -> None:
     again = compare(reference, run(twin, sample, seed=seed + 1_000_003, dtype=torch.float64))
     if again.error <= TOLERANCE:
@@ -172,7 +175,7 @@ def _agrees_with_itself(
     found.inconclusive.append(f"the original model disagrees with itself on the same input: {cause}")
 
 
-def _stored_dtype(subject: Subject, sample: Sample, seed: int, reference: Any, found: _Findings) -> None:
+def _stored_dtype(subject: Subject, sample: Sample, seed: int, reference: Any, found: Findings) -> None:
     def tell(number: int, inputs: Sample, output: Any) -> None:
         check = found.checks[number]
         if check.judgement is Judgement.EQUIVALENT:
@@ -199,7 +202,7 @@ def drifts(drift: float | None, noise: float | None, dtype: torch.dtype) -> bool
     return not drift <= MAX_DRIFT * max(noise, torch.finfo(dtype).eps)
 
 
-def _locate(subject: Subject, samples: Sequence[Sample], seed: int, found: _Findings) -> None:
+def _locate(subject: Subject, samples: Sequence[Sample], seed: int, found: Findings) -> None:
     """Names the group that breaks the whole where each group alone is right, by halving the list."""
     broken = found.end.error > TOLERANCE and not found.inconclusive
     if not broken or subject.partly_fused is None or any(c.judgement is Judgement.DIFFERENT for c in found.checks):
@@ -215,12 +218,12 @@ def _locate(subject: Subject, samples: Sequence[Sample], seed: int, found: _Find
     )
 
 
-def _verdict(subject: Subject, found: _Findings, seed: int) -> Verdict:
+def verdict_of(found: Findings, seed: int, dtype: torch.dtype) -> Verdict:
+    """Findings weighed: one definite difference outweighs all, then every doubt counts."""
     groups = sorted(found.checks, key=lambda check: (check.order is None, check.order))
     different = [check for check in groups if check.judgement is Judgement.DIFFERENT]
     unsure = [check for check in groups if check.judgement is Judgement.INCONCLUSIVE]
     reasons = [f"{' + '.join(check.members)}: {check.why}" for check in different]
-    dtype = _dtype(subject.original)
     too_far = drifts(found.drift, found.noise, dtype)
     ran = found.runs > 0
     if ran and found.end.error > TOLERANCE:
@@ -252,7 +255,7 @@ def _verdict(subject: Subject, found: _Findings, seed: int) -> Verdict:
     )
 
 
-def _sentences(found: _Findings, ran: bool, too_far: bool) -> dict[str, str]:
+def _sentences(found: Findings, ran: bool, too_far: bool) -> dict[str, str]:
     equal = sum(check.difference.error <= TOLERANCE and not check.trouble and check.calls > 0 for check in found.checks)
     noticed = sum(check.noticed > TOLERANCE for check in found.checks)
     total = len(found.checks)
@@ -267,9 +270,7 @@ def _sentences(found: _Findings, ran: bool, too_far: bool) -> dict[str, str]:
     }
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    """The narrowest floating dtype among the parameters: it sets the noise."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
+def narrowest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The narrowest floating dtype among them: it sets the noise."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} or {torch.float32}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-

@@ -27,12 +27,13 @@ def misstored(
     """
     wrong = sorted(exact.keys() ^ stored.keys())
     for key in exact.keys() & stored.keys():
-        if not _holds(exact[key], stored[key], key in folded, key in foreign):
+        if not holds_fold(exact[key], stored[key], key in folded, key in foreign):
             wrong.append(key)
     return sorted(wrong)
 
 
-def _holds(exact: Tensor, stored: Tensor, folded: bool, foreign: bool) -> bool:
+def holds_fold(exact: Tensor, stored: Tensor, folded: bool, foreign: bool = False) -> bool:
+    """Whether `stored` is `exact` in its own dtype, as strictly as `misstored` says."""
     if exact.shape != stored.shape:
         return False
     if not stored.is_floating_point():

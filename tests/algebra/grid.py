@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -44,11 +45,11 @@ class Case:
         torch.manual_seed(zlib.crc32(self.name.encode()))
         return self.build().double()
 
-    @property
+    @cached_property
     def op(self) -> LinearOp:
         return lift(self.module)
 
-    @property
+    @cached_property
     def x(self) -> Tensor:
         return random(2, self.op.in_channels, *self.spatial)
 
@@ -136,8 +137,10 @@ def _uneven() -> Iterator[Case]:
     yield Case("uneven-conv2d", lambda: nn.Conv2d(4, 6, **conv2, groups=2), (8, 7))
     yield Case("uneven-conv3d", lambda: nn.Conv3d(4, 6, **conv3), (8, 7, 6))
     yield Case("uneven-reflect", lambda: nn.Conv3d(4, 6, **reflect), (8, 7, 6))
-    yield Case("uneven-transposed2d", lambda: nn.ConvTranspose2d(4, 6, **conv2, output_padding=(1, 0)), (5, 4))
-    yield Case("uneven-transposed3d", lambda: nn.ConvTranspose3d(4, 6, **conv3, groups=2), (5, 4, 4))
+    yield Case(
+        "uneven-transposed2d", lambda: nn.ConvTranspose2d(4, 6, **conv2, output_padding=(1, 0)), (5, 4)
+    )
+    yield Case("uneven-transposed3d", lambda: nn.ConvTranspose3d(4, 6, **conv3, groups=2), (5, 7, 4))
 
 
 def _grouped_linear() -> LinearOp:

@@ -12,6 +12,7 @@ from fusecli.errors import NotFoldable
 from tests.algebra.grid import affine, close, random
 
 CHANNELS = 6
+EPS = 1e-5
 
 
 def statistics() -> dict[str, Tensor]:
@@ -55,7 +56,9 @@ def test_batch_norm_rounds_each_step_by_ieee_754() -> None:
 def test_the_statistics_may_differ_in_dtype() -> None:
     given = statistics()
     mixed = batch_norm(given["mean"].half(), given["var"], 1e-5, given["gamma"].bfloat16())
-    wide = batch_norm(given["mean"].half().double(), given["var"].double(), 1e-5, given["gamma"].bfloat16().double())
+    wide = batch_norm(
+        given["mean"].half().double(), given["var"].double(), 1e-5, given["gamma"].bfloat16().double()
+    )
     assert mixed.scale.dtype == torch.float64
     assert torch.equal(mixed.scale, wide.scale)
     assert torch.equal(mixed.shift, wide.shift)
@@ -63,10 +66,10 @@ def test_the_statistics_may_differ_in_dtype() -> None:
 
 @pytest.mark.parametrize("var", [0.0, 5e-324, 1e-45, 1e-310])
 def test_case_34_zero_and_denormal_variance_are_exact(var: float) -> None:
-    f = batch_norm(torch.ones(1), torch.tensor([var], dtype=torch.float64), 1e-5)
+    f = batch_norm(torch.ones(1), torch.tensor([var], dtype=torch.float64), EPS)
     with localcontext() as context:
         context.prec = 60
-        exact = 1 / (Decimal(var) + Decimal(1e-5)).sqrt()
+        exact = 1 / (Decimal(var) + Decimal(EPS)).sqrt()
     assert abs(Decimal(f.scale.item()) - exact) <= exact * Decimal(2) ** -52
 
 

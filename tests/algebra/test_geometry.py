@@ -54,7 +54,7 @@ def test_only_a_zero_padded_conv_has_a_zero_border() -> None:
 )
 def test_illegal_values_cannot_be_constructed(wrong: dict[str, Any]) -> None:
     right: dict[str, Any] = {"stride": (1,), "padding": ((0, 0),), "dilation": (1,)}
-    with pytest.raises(ValueError, match="Geometry|padding mode"):
+    with pytest.raises(ValueError, match=r"Geometry|padding mode"):
         Geometry(**right | wrong)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from fusecli.outcome import Outcome
 from fusecli.report import as_json
 from tests.report.outcomes import DIFFERENT, FUSED, HOSTILE, SAMPLES
 
@@ -87,7 +86,8 @@ def test_failure_carries_its_evidence() -> None:
     assert report["next_step"]
 
 
-def test_an_empty_outcome_is_still_a_report(outcome: Outcome = SAMPLES["error"]) -> None:
+def test_an_empty_outcome_is_still_a_report() -> None:
+    outcome = SAMPLES["error"]
     report = _strict(as_json(outcome))
     assert report["totals"] == {"before": None, "after": None}
     assert report["problems"] == list(outcome.problems)

@@ -150,7 +150,10 @@ def test_refusals_are_blocks_of_what_why_and_remedy() -> None:
 
 def test_a_wrapped_command_can_be_pasted_into_a_shell() -> None:
     command = _printed(FUSED).split("  next ")[1]
-    assert command.replace("\\\n", " ").split() == FUSED.next_step.split()
+    *continued, last = command.splitlines()
+    assert continued
+    assert all(line.endswith(" \\") for line in continued)
+    assert " ".join([*(line[:-2] for line in continued), last]).split() == FUSED.next_step.split()
 
 
 def test_totals_are_before_after_and_difference() -> None:

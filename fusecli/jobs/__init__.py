@@ -1,0 +1,1 @@
+"""fuse and verify on files: what the commands call, one function each."""

@@ -1,0 +1,100 @@
+"""Facts for the report that no step of the work needs: files, totals, norms that are left, versions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection, Iterable, Mapping
+from importlib.metadata import version
+from math import prod
+
+import torch
+from torch import nn
+
+from fusecli.checkpoint import Checkpoint, sha256_file
+from fusecli.engine import Decision
+from fusecli.graph.kinds import norms, without_statistics
+from fusecli.jobs.fold import Layout
+from fusecli.outcome import FileFacts, LedgerEntry, Refusal, Totals, Unfused
+from fusecli.spec import Spec
+
+_STATE = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def input_facts(checkpoint: Checkpoint) -> FileFacts:
+    path = str(checkpoint.path)
+    return FileFacts(path, checkpoint.format, checkpoint.nbytes, checkpoint.sha256(), checkpoint.notices)
+
+
+def output_facts(path: object, written: Checkpoint) -> FileFacts:
+    """The file that is (or would be) at `path`."""
+    return FileFacts(str(path), written.format, written.nbytes, sha256_file(written.path))
+
+
+def spec_facts(spec: Spec) -> FileFacts | None:
+    return FileFacts(str(spec.source), "yaml", None, spec.sha256) if spec.source else None
+
+
+def environment() -> dict[str, str]:
+    return {
+        "fusecli": version("fusecli"),
+        "torch": str(torch.__version__),
+        "safetensors": version("safetensors"),
+        "python": platform.python_version(),
+        "platform": platform.system(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Those that may change the bytes of an artifact."""
+    return {name: text for name, text in environment().items() if name in ("fusecli", "torch")}
+
+
+def layout_of(checkpoint: Checkpoint) -> Layout:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+
+
+def totals(layout: Layout, model: nn.Module | None) -> Totals:
+    """Counts of what is stored; modules only where the model's code was at hand."""
+    parameters = sum(prod(shape) for name, (_, shape) in layout.items() if not name.endswith(_STATE))
+    size = sum(prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+    named = dict(model.named_modules()) if model is not None else {}
+    acting = [module for path, module in named.items() if path and not isinstance(module, nn.Identity)]
+    norm_layers = len(list(norms(named))) if model is not None else sum(n.endswith("running_var") for n in layout)
+    return Totals(len(acting) if model is not None else None, parameters, size, norm_layers)
+
+
+def unfused_norms(
+    modules: Mapping[str, nn.Module], decisions: Iterable[Decision], refused: Iterable[Refusal]
+) -> tuple[Unfused, ...]:
+    """Every norm that stays in the model, and why."""
+    taken = {path for decision in decisions for path in decision.members}
+    blocked = {path: refusal for refusal in refused for path in refusal.group}
+    return tuple(_unfused(path, norm, blocked) for path, norm in norms(modules) if path not in taken)
+
+
+def _unfused(path: str, norm: nn.Module, blocked: Mapping[str, Refusal]) -> Unfused:
+    kind = type(norm).__name__
+    if path in blocked:
+        return Unfused(path, kind, blocked[path].code, blocked[path].reason)
+    missing = without_statistics(norm)
+    code, reason = missing or ("not-listed", "no group of the spec names it")
+    return Unfused(path, kind, code, reason)
+
+
+def statistics_ledger(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> list[LedgerEntry]:
+    """Norms that were never trained: with mean 0 and variance 1 most wrong folds are invisible."""
+    entries = []
+    for path in (path for decision in decisions for path in decision.members):
+        mean, var = (checkpoint.tensors.get(f"{path}.{name}") for name in ("running_mean", "running_var"))
+        if mean and var and not mean.load().any() and bool((var.load() == 1).all()):
+            entries.append(LedgerEntry("statistics", path, "untrained: mean 0, variance 1 in every channel"))
+    return entries
+
+
+def tie_ledger(checkpoint: Checkpoint, kept: Collection[str]) -> list[LedgerEntry]:
+    """Tied tensors are written under each name; load_fused ties again what the model ties."""
+    return [
+        LedgerEntry("tie", tie[0], f"is the same memory as {', '.join(tie[1:])}; written under each name")
+        for tie in checkpoint.ties
+        if set(tie) <= set(kept)
+    ]

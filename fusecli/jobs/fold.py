@@ -1,0 +1,251 @@
+"""Folding a checkpoint into a file: group by group, each tensor read once and written once.
+
+The structure is planned on the meta device; only the tensors of one group are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusecli.algebra import unpack
+from fusecli.checkpoint import write_pt, write_safetensors
+from fusecli.engine import Decision, Group, compute, plan, refusal
+from fusecli.errors import NotFoldable
+from fusecli.graph.kinds import kind_of
+from fusecli.graph.stand_in import hints_of
+from fusecli.jobs.source import Source
+from fusecli.outcome import GroupReport, LedgerEntry, Refusal
+from fusecli.rewrite import MANIFEST_KEY, GroupRecord, KeyMap, Manifest, ModuleTree, Rewrite, apply_edits
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Refused(Exception):
+    """Some groups cannot be fused, so none is; carries all the refusals."""
+
+    def __init__(self, refused: list[Refusal]) -> None:
+        super().__init__(f"{len(refused)} groups refused")
+        self.refused = tuple(refused)
+
+
+@dataclass
+class Fold:
+    """A planned fold of one source: what will be written, and (after writing) what is known of each group."""
+
+    source: Source
+    skeleton: nn.Module
+    decisions: tuple[Decision, ...]
+    done: tuple[Group, ...]
+    rewrites: list[Rewrite]
+    kinds_before: list[tuple[str, ...]]
+    hints: list[dict[str, Any]]
+    modules: dict[str, nn.Module]
+    layout: Layout = field(default_factory=dict)
+    ranges: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def keymap(self) -> KeyMap:
+        return KeyMap(edit for rewrite in self.rewrites for edit in rewrite.edits)
+
+    @property
+    def folded(self) -> set[str]:
+        """Keys of the artifact whose tensors the fold computed."""
+        keymap = self.keymap
+        return {new for rewrite in self.rewrites for key in rewrite.tensors if (new := keymap(key)) is not None}
+
+    @property
+    def foreign(self) -> set[str]:
+        """Those of them that a custom fuser computed."""
+        opaque = [r for d, r in zip(self.decisions, self.rewrites, strict=True) if d.custom]
+        return {key for rewrite in opaque for key in rewrite.tensors}
+
+
+def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group]) -> Fold:
+    """Plans every group on the meta device; raises Refused with all the groups that cannot be fused."""
+    tree = ModuleTree(skeleton)
+    planned = plan(tree, groups, source.vocabulary)
+    refused = list(planned.refused)
+    rewrites: list[Rewrite] = []
+    for decision in planned.decisions:
+        try:
+            rewrites.append(decision.rewrite(_modules(source, tree, decision, real=decision.custom)))
+        except NotFoldable as no:
+            refused.append(refusal(decision.group, no, decision.rule))
+    if refused:
+        raise Refused(_in_order(refused, groups))
+    fold = Fold(
+        source=source,
+        skeleton=skeleton,
+        decisions=planned.decisions,
+        done=planned.done,
+        rewrites=rewrites,
+        kinds_before=[_kinds(tree, decision.group.modules) for decision in planned.decisions],
+        hints=[_hints(tree, decision) for decision in planned.decisions],
+        modules=dict(tree.modules),
+    )
+    fold.layout = _layout(fold)
+    return fold
+
+
+def write_fold(fold: Fold, path: Path, fmt: str, manifest: Manifest, tick: Callable[[str], None]) -> None:
+    """Folds and writes; raises Refused where a group's numbers do not allow it (statistics, overflow, a probe)."""
+    tensors = _stream(fold, tick)
+    metadata = {MANIFEST_KEY: manifest.to_json()}
+    if fmt == "safetensors":
+        write_safetensors(path, fold.layout, tensors, metadata)
+    else:
+        arrived = dict(tensors)
+        write_pt(path, {name: arrived[name] for name in fold.layout}, metadata)
+
+
+def apply_to_skeleton(fold: Fold) -> list[LedgerEntry]:
+    """Makes the skeleton the fused one; returns what was lost."""
+    tree = ModuleTree(fold.skeleton)
+    return [entry for rewrite in fold.rewrites for entry in apply_edits(tree, rewrite.edits)]
+
+
+def manifest_for(fold: Fold, **facts: Any) -> Manifest:
+    groups = tuple(
+        GroupRecord(decision.group.modules, decision.rule, fold.source.evidence, decision.kept, hints)
+        for decision, hints in zip(fold.decisions, fold.hints, strict=True)
+    )
+    edits = tuple(edit for rewrite in fold.rewrites for edit in rewrite.edits)
+    return Manifest("folded", groups, edits, ties=fold.source.checkpoint.ties, **facts)
+
+
+def group_reports(fold: Fold, fused: nn.Module) -> list[GroupReport]:
+    """The structural facts of every group; the verifier adds the numbers."""
+    keymap, keys = fold.keymap, _keys_by_module(fold.source)
+    after = dict(fused.named_modules(remove_duplicate=False))
+    reports = []
+    for number, decision in enumerate(fold.decisions):
+        own = [key for path in decision.members for key in keys.get(path, ())]
+        rewritten = fold.rewrites[number].tensors
+        moved = [(key, keymap(key)) for key in own]
+        before, then = fold.ranges.get(number, (None, None))
+        reports.append(
+            GroupReport(
+                modules=decision.group.modules,
+                rule=decision.rule,
+                status="planned",
+                evidence=fold.source.evidence,
+                kinds_before=fold.kinds_before[number],
+                kinds_after=tuple(type(after[path]).__name__ for path in decision.group.modules),
+                weight_range_before=before,
+                weight_range_after=then,
+                keys_removed=tuple(old for old, new in moved if new is None),
+                keys_renamed=tuple((old, new) for old, new in moved if new is not None and new != old),
+                keys_added=tuple(new for key in rewritten if key not in own and (new := keymap(key)) is not None),
+                kept=decision.kept,
+                notes=tuple(f"{path} stays where it is" for path in decision.kept),
+            )
+        )
+    return reports
+
+
+def _layout(fold: Fold) -> Layout:
+    """Every tensor of the artifact with its dtype and shape."""
+    keymap = fold.keymap
+    rewritten = {key: tensor for rewrite in fold.rewrites for key, tensor in rewrite.tensors.items()}
+    opaque = {edit for d in fold.decisions if d.custom for edit in d.members}
+    layout: Layout = {}
+    for key, stored in fold.source.checkpoint.tensors.items():
+        new = keymap(key)
+        if new is not None and key not in rewritten and not _below(key, opaque):
+            layout[new] = (stored.dtype, stored.shape)
+    for key, tensor in rewritten.items():
+        new = keymap(key)
+        assert new is not None
+        layout[new] = (tensor.dtype, tuple(tensor.shape))
+    return layout
+
+
+def _below(key: str, paths: set[str]) -> bool:
+    while key:
+        key = key.rpartition(".")[0]
+        if key in paths:
+            return True
+    return False
+
+
+def _stream(fold: Fold, tick: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the artifact under its new name; the folded ones first, one group in memory at a time."""
+    keymap = fold.keymap
+    refused: list[Refusal] = []
+    tree = ModuleTree(fold.skeleton)
+    written: set[str] = set()
+    for number, decision in enumerate(fold.decisions):
+        tick(f"folding group {number + 1} of {len(fold.decisions)}")
+        try:
+            rewrite = fold.rewrites[number]
+            if not decision.custom:
+                modules = _modules(fold.source, tree, decision, real=True)
+                rewrite = compute(decision, modules)
+                fold.ranges[number] = _ranges(modules[decision.members[0]], rewrite, decision.members[0])
+        except NotFoldable as no:
+            refused.append(refusal(decision.group, no, decision.rule))
+            continue
+        for key, tensor in rewrite.tensors.items():
+            new = keymap(key)
+            assert new is not None
+            written.add(new)
+            yield new, tensor
+    if refused:
+        raise Refused(refused)
+    for key, stored in fold.source.checkpoint.tensors.items():
+        new = keymap(key)
+        if new in fold.layout and new not in written:
+            assert new is not None
+            yield new, stored.load()
+
+
+def _modules(source: Source, tree: ModuleTree, decision: Decision, *, real: bool) -> Mapping[str, nn.Module]:
+    found = {path: tree[path] for path in decision.members}
+    return {path: source.member(path, module) for path, module in found.items()} if real else found
+
+
+def _ranges(layer: nn.Module, rewrite: Rewrite, path: str) -> tuple[float, float]:
+    """Largest over smallest per-channel |weight|, before and after: what per-tensor int8 would suffer from."""
+    old, new = layer._parameters.get("weight"), rewrite.tensors.get(f"{path}.weight")
+    if old is None or new is None:
+        return float("nan"), float("nan")
+    groups, transposed = int(getattr(layer, "groups", 1)), kind_of(layer) == "conv_transpose"
+    return _range(unpack(old.detach(), groups, transposed)), _range(unpack(new, groups, transposed))
+
+
+def _range(weight: Tensor) -> float:
+    # aminmax reads the weight once and makes no copy, which abs() would.
+    least, most = torch.aminmax(weight.flatten(0, 1).flatten(1), dim=1)
+    largest = torch.maximum(most, -least).double()
+    alive = largest[largest > 0]
+    return float(alive.max() / alive.min()) if alive.numel() else float("nan")
+
+
+def _hints(tree: ModuleTree, decision: Decision) -> dict[str, Any]:
+    norm = next((tree[path] for path in decision.members[1:] if kind_of(tree[path]).startswith("norm")), None)
+    return hints_of(tree[decision.members[0]], norm)
+
+
+def _kinds(tree: ModuleTree, paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(type(tree[path]).__name__ for path in paths)
+
+
+def _in_order(refused: list[Refusal], groups: list[Group]) -> list[Refusal]:
+    position = {group.modules: number for number, group in enumerate(groups)}
+    return sorted(refused, key=lambda refusal: position[refusal.group])
+
+
+def _keys_by_module(source: Source) -> dict[str, list[str]]:
+    keys: dict[str, list[str]] = {}
+    for key in source.checkpoint.tensors:
+        path = key
+        while path:
+            path = path.rpartition(".")[0]
+            keys.setdefault(path, []).append(key)
+    return keys

@@ -1,0 +1,258 @@
+"""`fuse` on files: open, plan, fold into a staged file, prove that file, then put it in its place."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fusecli.artifact import manifest_of
+from fusecli.checkpoint import Checkpoint, Staged, check_target, open_checkpoint, staged
+from fusecli.consent import Consent
+from fusecli.engine import Group
+from fusecli.errors import ExitCode, Problem, UsageError
+from fusecli.jobs import facts
+from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, manifest_for, plan_fold, write_fold
+from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.proof import Proof, prove_alone, prove_with_model, reported
+from fusecli.jobs.source import Source, module_names, planted, source_of
+from fusecli.outcome import Evidence, Judgement, LedgerEntry, Outcome, Refusal, Verdict
+from fusecli.rewrite import MANIFEST_KEY
+from fusecli.spec import Spec, read_spec
+from fusecli.spec.groups import GroupSpec
+from fusecli.spec.wildcards import bind_groups
+
+Tick = Callable[[str], None]
+_STATUS = {
+    Judgement.EQUIVALENT: ("fused", ExitCode.OK),
+    Judgement.DIFFERENT: ("different", ExitCode.DIFFERENT),
+    Judgement.INCONCLUSIVE: ("inconclusive", ExitCode.INCONCLUSIVE),
+}
+
+
+@dataclass(frozen=True)
+class FuseRequest:
+    """One call of `fusecli fuse`. None: the spec decides, or the default."""
+
+    checkpoint: Path
+    spec: Path
+    output: Path | None = None
+    format: str | None = None
+    force: bool = False
+    dry_run: bool = False
+    strict: bool = False
+    allow_pickle: bool = False
+    seed: int | None = None
+    samples: int | None = None
+
+
+def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: None) -> Outcome:
+    """Does the whole job; nothing is at the target unless the verdict is `equivalent`.
+
+    Raises UsageError, UnsafeError and RefusedError for what stops the work before there is a plan.
+    """
+    spec = read_spec(request.spec)
+    fmt, target = _target(request, spec)
+    check_target(target, request.checkpoint, request.force or request.dry_run, [request.spec])
+    tick("opening the checkpoint")
+    with open_checkpoint(
+        request.checkpoint,
+        allow_pickle=request.allow_pickle,
+        key=spec.checkpoint.key,
+        strip_prefix=spec.checkpoint.strip_prefix,
+    ) as checkpoint:
+        outcome = Outcome("fuse", "refused", ExitCode.REFUSED, spec=facts.spec_facts(spec))
+        if MANIFEST_KEY in checkpoint.metadata:
+            return _fused_already(outcome, checkpoint)
+        _require_plain(checkpoint)
+        source = source_of(checkpoint, spec, consent)
+        return _Job(request, spec, source, consent, tick, fmt, target).run(outcome)
+
+
+def _target(request: FuseRequest, spec: Spec) -> tuple[str, Path]:
+    """The format and the path that is written; a format follows --format, the output's name, the spec."""
+    by_name = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
+    named = by_name.get(request.output.suffix) if request.output else None
+    fmt = request.format or named or spec.output.format or "safetensors"
+    if request.output is not None:
+        return fmt, request.output
+    suffix = "safetensors" if fmt == "safetensors" else "pt"
+    return fmt, request.checkpoint.with_name(f"{request.checkpoint.stem}.fused.{suffix}")
+
+
+def _fused_already(outcome: Outcome, checkpoint: Checkpoint) -> Outcome:
+    groups = len(manifest_of(checkpoint).groups)
+    return replace(
+        outcome,
+        status="nothing to fuse",
+        exit_code=ExitCode.NOTHING,
+        input=facts.input_facts(checkpoint),
+        environment=facts.environment(),
+        problems=(f"{checkpoint.path} is an artifact of fusecli: its {groups} groups are folded already",),
+        next_step="to fuse other groups, start from the original checkpoint",
+    )
+
+
+def _require_plain(checkpoint: Checkpoint) -> None:
+    if checkpoint.others:
+        names = ", ".join(sorted(checkpoint.others)[:3])
+        fix = "save the state dict without them: an artifact holds tensors only"
+        raise UsageError(Problem(f"the state dict has entries that are no tensors: {names}", str(checkpoint.path), fix))
+
+
+@dataclass
+class _Job:
+    """The steps of one fuse, and what they share."""
+
+    request: FuseRequest
+    spec: Spec
+    source: Source
+    consent: Consent
+    tick: Tick
+    fmt: str
+    target: Path
+    ledger: list[LedgerEntry] = field(default_factory=list)
+
+    def run(self, outcome: Outcome) -> Outcome:
+        self.tick("planning")
+        skeleton, groups = self._structure()
+        outcome = replace(
+            outcome,
+            input=facts.input_facts(self.source.checkpoint),
+            environment=facts.environment(),
+            totals_before=facts.totals(facts.layout_of(self.source.checkpoint), self._model(skeleton)),
+        )
+        modules = dict(skeleton.named_modules())
+        try:
+            fold = plan_fold(self.source, skeleton, groups)
+            if not fold.decisions:
+                return self._nothing(outcome, modules, bool(fold.done))
+            return self._write(outcome, fold, modules)
+        except Refused as no:
+            return self._refused(outcome, modules, no.refused)
+
+    def _structure(self) -> tuple[Any, list[Group]]:
+        if self.source.build is not None:
+            skeleton = self.source.skeleton()
+            names = [name for name, _ in skeleton.named_modules(remove_duplicate=False) if name]
+            return skeleton, groups_of(self.spec, names)
+        groups = groups_of(self.spec, module_names(self.source.checkpoint), optional_from=2)
+        skeleton, assumed = planted(self.source.checkpoint, groups, dict(self.spec.assume))
+        self.ledger += assumed
+        return skeleton, groups
+
+    def _model(self, skeleton: Any) -> Any:
+        return skeleton if self.source.build is not None else None
+
+    def _write(self, outcome: Outcome, fold: Fold, modules: dict[str, Any]) -> Outcome:
+        request, checkpoint = self.request, self.source.checkpoint
+        manifest = manifest_for(
+            fold,
+            input_sha256=checkpoint.sha256(),
+            spec_sha256=self.spec.sha256 or "",
+            versions=facts.versions(),
+            key=self.spec.checkpoint.key or "",
+            strip_prefix=self.spec.checkpoint.strip_prefix,
+        )
+        with staged(self.target, request.force or request.dry_run, request.checkpoint, [request.spec]) as stage:
+            write_fold(fold, stage.path, self.fmt, manifest, self.tick)
+            self.ledger += self.source.ledger + facts.statistics_ledger(checkpoint, fold.decisions)
+            self.ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
+            self.ledger += apply_to_skeleton(fold)
+            outcome = replace(
+                outcome,
+                groups=tuple(group_reports(fold, fold.skeleton)),
+                unfused=facts.unfused_norms(modules, fold.decisions, ()),
+                totals_after=facts.totals(fold.layout, self._model(fold.skeleton)),
+                ledger=tuple(self.ledger),
+            )
+            with open_checkpoint(stage.path) as artifact:
+                outcome = self._prove(outcome, fold, artifact)
+                outcome = replace(outcome, output=facts.output_facts(self.target, artifact))
+            return self._finish(outcome, stage)
+
+    def _prove(self, outcome: Outcome, fold: Fold, artifact: Checkpoint) -> Outcome:
+        verdict, checks = self._judge(fold, artifact)
+        groups = reported(outcome.groups, checks)
+        verdict = strictly(replace(verdict, groups=groups), outcome, self.request.strict)
+        status, code = _STATUS[verdict.judgement]
+        return replace(outcome, groups=groups, verification=verdict, status=status, exit_code=code)
+
+    def _judge(self, fold: Fold, artifact: Checkpoint) -> tuple[Verdict, Any]:
+        return judged(fold, artifact, self.spec, self.consent, self.tick, self.request.seed, self.request.samples)
+
+    def _finish(self, outcome: Outcome, stage: Staged) -> Outcome:
+        if outcome.exit_code is not ExitCode.OK:
+            return replace(outcome, next_step=f"nothing was written to {self.target}; see the groups above")
+        if self.request.dry_run:
+            return replace(outcome, status="planned", next_step=f"without --dry-run this writes {self.target}")
+        stage.commit()
+        return replace(outcome, next_step=verify_command(self.request, self.target))
+
+    def _refused(self, outcome: Outcome, modules: dict[str, Any], refused: Sequence[Refusal]) -> Outcome:
+        return replace(
+            outcome,
+            refused=tuple(refused),
+            unfused=facts.unfused_norms(modules, (), refused),
+            ledger=tuple(self.ledger),
+            next_step="nothing was written; follow the remedies or take the refused groups out of the spec",
+        )
+
+    def _nothing(self, outcome: Outcome, modules: dict[str, Any], done: bool) -> Outcome:
+        why = "every group of the spec is fused already" if done else "the spec lists no groups"
+        return replace(
+            outcome,
+            status="nothing to fuse",
+            exit_code=ExitCode.NOTHING,
+            unfused=facts.unfused_norms(modules, (), ()),
+            problems=(why,),
+            next_step="" if done else "add groups to the spec; 'fusecli inspect' shows the norms of the checkpoint",
+        )
+
+
+def groups_of(spec: Spec, names: Sequence[str], optional_from: int | None = None) -> list[Group]:
+    """The spec's groups bound to names; raises UsageError with all problems."""
+    bound = bind_groups(spec, names, optional_from=optional_from)
+    return [Group(group.modules, group.where, _hints(group.spec)) for group in bound]
+
+
+def _hints(group: GroupSpec) -> dict[str, Any]:
+    return {name: getattr(group, name) for name in ("kind", "groups", "stride", "eps")}
+
+
+def judged(
+    fold: Fold,
+    artifact: Checkpoint,
+    spec: Spec | None,
+    consent: Consent,
+    tick: Tick,
+    seed: int | None,
+    samples: int | None,
+) -> tuple[Verdict, Any]:
+    """The proof that the source allows: by running the model, or group by group."""
+    asked = spec.verify if spec is not None else None
+    seed = seed if seed is not None else asked.seed if asked else 0
+    if fold.source.build is None or spec is None:
+        return prove_alone(fold, artifact, Proof((), seed, consent, tick))
+    count = samples if samples is not None else spec.verify.samples
+    return prove_with_model(fold, artifact, Proof(samples_of(spec, seed, count), seed, consent, tick))
+
+
+def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:
+    """With --strict, what is only claimed, assumed or lost makes a right fold inconclusive."""
+    if not strict or verdict.judgement is not Judgement.EQUIVALENT:
+        return verdict
+    doubts = [f"--strict: {e.where}: {e.what}" for e in outcome.ledger if e.kind in ("hook", "assumed", "statistics")]
+    if any(group.evidence is Evidence.CLAIMED for group in outcome.groups):
+        doubts.append("--strict: the groups are claimed by the spec, no run of the model has shown them")
+    if not doubts:
+        return verdict
+    return replace(verdict, judgement=Judgement.INCONCLUSIVE, reasons=(*verdict.reasons, *doubts))
+
+
+def verify_command(request: FuseRequest, target: Path) -> str:
+    """The command line that proves the written artifact again."""
+    words = ["fusecli", "verify", str(request.checkpoint), str(target), "--spec", str(request.spec)]
+    return shlex.join(words + (["--allow-pickle"] if request.allow_pickle else []))

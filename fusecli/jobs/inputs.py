@@ -1,0 +1,88 @@
+"""The samples that a spec describes: seeded random tensors, or tensors of a safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fusecli.errors import Problem, UsageError
+from fusecli.jobs.source import folder_of
+from fusecli.spec import InputSpec, Spec
+from fusecli.verify.run import Sample
+
+
+def samples_of(spec: Spec, seed: int, count: int) -> list[Sample]:
+    """`count` samples, or one where every input comes from a file; raises UsageError with all problems."""
+    if not spec.inputs:
+        fix = "add inputs: [{shape: [1, 3, 224, 224]}], one entry per forward argument"
+        raise UsageError(Problem("the spec has a model but no inputs to run it on", spec.where(()), fix))
+    drawn = any(entry.file is None for entry in _flat(spec.inputs))
+    return [_sample(spec, seed + number) for number in range(count if drawn else 1)]
+
+
+def _flat(entries: Any) -> Iterator[InputSpec]:
+    for entry in entries:
+        if isinstance(entry, InputSpec):
+            yield entry
+        else:
+            yield from _flat(entry)
+
+
+def _sample(spec: Spec, seed: int) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    args, kwargs = [], {}
+    problems: list[Problem] = []
+    for number, entry in enumerate(spec.inputs):
+        try:
+            value = _value(entry, generator, folder_of(spec), spec.where(("inputs", number)))
+        except UsageError as error:
+            problems += error.problems
+            continue
+        if isinstance(entry, InputSpec) and entry.name:
+            kwargs[entry.name] = value
+        else:
+            args.append(value)
+    if problems:
+        raise UsageError(*problems)
+    return Sample(tuple(args), kwargs)
+
+
+def _value(entry: Any, generator: torch.Generator, folder: Path, where: str) -> Any:
+    if not isinstance(entry, InputSpec):
+        return tuple(_value(item, generator, folder, where) for item in entry)
+    return _from_file(entry, folder, where) if entry.file else _drawn(entry, generator, where)
+
+
+def _drawn(entry: InputSpec, generator: torch.Generator, where: str) -> Tensor:
+    shape, dtype = entry.shape or (), getattr(torch, entry.dtype)
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.5
+    if not dtype.is_floating_point:
+        if entry.range is None:
+            fix = "add range: [0, 1000], the first value past the end is not drawn"
+            raise UsageError(Problem(f"an {entry.dtype} input needs a range to draw from", where, fix))
+        low, high = (int(bound) for bound in entry.range)
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int64).to(dtype)
+    if entry.range is None:
+        return torch.randn(shape, generator=generator).to(dtype)
+    low, high = entry.range
+    return (torch.rand(shape, generator=generator) * (high - low) + low).to(dtype)
+
+
+def _from_file(entry: InputSpec, folder: Path, where: str) -> Tensor:
+    path, key = folder / (entry.file or ""), entry.key or ""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if key not in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
+                names = ", ".join(sorted(file.keys())[:5])
+                raise UsageError(Problem(f"{entry.file} has no tensor '{key}'", where, f"it has {names}"))
+            tensor: Tensor = file.get_tensor(key)
+            return tensor.clone()
+    except (OSError, SafetensorError) as error:
+        fix = "give a safetensors file, relative to the spec"
+        raise UsageError(Problem(f"{entry.file} cannot be read: {error}", where, fix)) from error

@@ -1,0 +1,125 @@
+"""Proving a written artifact: with the model, by running it; without, group by group on stand-ins."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fusecli.artifact import load_into
+from fusecli.checkpoint import Checkpoint
+from fusecli.consent import Consent
+from fusecli.engine import Group, Vocabulary, fuse_tree, plan
+from fusecli.errors import RefusedError
+from fusecli.jobs.fold import Fold
+from fusecli.outcome import GroupReport, Verdict
+from fusecli.rewrite import ModuleTree
+from fusecli.verify.alone import judge_alone
+from fusecli.verify.groups import GroupCheck
+from fusecli.verify.judge import Findings, Subject, judge, narrowest, verdict_of
+from fusecli.verify.run import Sample
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a proof is run: samples with their seed, and whom to tell about progress."""
+
+    samples: Sequence[Sample]
+    seed: int
+    consent: Consent
+    tick: Callable[[str], None]
+
+
+def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict, list[GroupCheck]]:
+    """Loads the artifact into a fresh model as a user would and judges it against the original."""
+    source = fold.source
+    assert source.build is not None
+    original = source.original()
+    fused = load_into(source.build(), artifact, lambda: proof.consent)
+    groups = [decision.group for decision in fold.decisions]
+
+    def partly_fused(count: int) -> nn.Module:
+        return float64_fold(original, groups[:count], source.vocabulary)
+
+    subject = Subject(
+        original=original,
+        fused=fused,
+        exact=partly_fused(len(groups)),
+        groups=tuple(decision.members for decision in fold.decisions),
+        folded=fold.folded,
+        foreign=fold.foreign,
+        partly_fused=partly_fused,
+    )
+    return judge(subject, proof.samples, seed=proof.seed, tick=proof.tick)
+
+
+def float64_fold(original: nn.Module, groups: Sequence[Group], vocabulary: Vocabulary) -> nn.Module:
+    """A float64 copy of `original` with `groups` fused, unrounded.
+
+    Raises RefusedError where float64 weights cannot be fused: the caller has fused them in a narrower dtype.
+    """
+    twin = copy.deepcopy(original).double()
+    tree = ModuleTree(twin)
+    planned = plan(tree, groups, vocabulary)
+    _, refused = fuse_tree(tree, planned.decisions)
+    refused = [*planned.refused, *refused]
+    if refused:
+        raise RefusedError(*(f"{' + '.join(no.group)}: {no.reason}" for no in refused))
+    return twin
+
+
+def prove_alone(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict, list[GroupCheck]]:
+    """Judges each group by itself on random input; all other tensors have to be the original's, bit by bit."""
+    found = Findings([])
+    wrong = sorted(fold.layout.keys() ^ artifact.tensors.keys())
+    keymap = fold.keymap
+    for number, (decision, rewrite) in enumerate(zip(fold.decisions, fold.rewrites, strict=True)):
+        proof.tick(f"group {number + 1} of {len(fold.decisions)}")
+        names = {key: keymap(key) for key in rewrite.tensors}
+        stored = {key: artifact.tensors[new].load() for key, new in names.items() if new in artifact.tensors}
+        members = {path: fold.source.member(path, fold.modules[path]) for path in decision.members}
+        check, misstored = judge_alone(members, decision.rewrite, stored, proof.seed)
+        found.checks.append(check)
+        wrong += [names[key] or key for key in misstored]
+    wrong += _changed(fold, artifact)
+    found.note_stored(wrong, len(artifact.tensors))
+    dtypes = (torch.empty(0, dtype=tensor.dtype) for tensor in artifact.tensors.values())
+    return verdict_of(found, proof.seed, narrowest(dtypes)), found.checks
+
+
+def _changed(fold: Fold, artifact: Checkpoint) -> list[str]:
+    """Keys that no fold touched and whose tensor is not the original's."""
+    keymap, folded = fold.keymap, fold.folded
+    changed = []
+    for key, original in fold.source.checkpoint.tensors.items():
+        new = keymap(key)
+        if new in folded or new not in artifact.tensors or new not in fold.layout:
+            continue
+        if not _same_bits(original.load(), artifact.tensors[new].load()):
+            changed.append(str(new))
+    return changed
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # NaN is equal to NaN here: the question is whether the bytes were kept.
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def reported(reports: Sequence[GroupReport], checks: Sequence[GroupCheck]) -> tuple[GroupReport, ...]:
+    """The structural facts of each group with the numbers that the proof measured."""
+    return tuple(
+        replace(
+            report,
+            status=str(check.judgement),
+            float64_error=check.difference.error if check.calls else None,
+            drift=check.drift,
+            noise_floor=check.noise_floor,
+            notes=(*report.notes, *filter(None, [check.why])),
+        )
+        for report, check in zip(reports, checks, strict=True)
+    )

@@ -1,0 +1,190 @@
+"""A checkpoint and the code or the stand-ins that give its tensors a structure."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fusecli.artifact import load_strictly, loaded
+from fusecli.checkpoint import Checkpoint
+from fusecli.consent import Consent, load_class, load_object, quiet_stdout
+from fusecli.engine import CustomFuser, Group, Vocabulary
+from fusecli.errors import Problem, UsageError
+from fusecli.graph.materialise import with_tensors
+from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
+from fusecli.outcome import Evidence, LedgerEntry
+from fusecli.rewrite import plant
+from fusecli.spec import Spec
+
+
+@dataclass
+class Source:
+    """What is fused: `build` makes a fresh model of the user's own class; None: only the tensors are at hand."""
+
+    checkpoint: Checkpoint
+    build: Callable[[], nn.Module] | None
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    ledger: list[LedgerEntry] = field(default_factory=list)
+
+    @property
+    def evidence(self) -> Evidence:
+        return Evidence.CLAIMED if self.build is None else Evidence.OBSERVED
+
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device with the stored shapes and dtypes: structure without numbers.
+
+        Raises UsageError where the checkpoint does not belong to the model.
+        """
+        assert self.build is not None
+        try:
+            with torch.device("meta"):
+                model = self.build()
+        except UsageError:
+            model = self.build()  # a factory that computes with its weights cannot be built without numbers
+        model = with_tensors(model, lambda _, old: old.to("meta"))
+        stored = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, tensor in self.checkpoint.tensors.items()
+        }
+        load_strictly(model, {**stored, **self.checkpoint.others}, str(self.checkpoint.path))
+        return model.eval()
+
+    def original(self) -> nn.Module:
+        """A fresh model with the checkpoint's tensors, in eval mode."""
+        assert self.build is not None
+        model = self.build()
+        load_strictly(model, loaded(self.checkpoint), str(self.checkpoint.path))
+        return model.eval()
+
+    @cached_property
+    def built(self) -> dict[str, nn.Module]:
+        """Modules of a fresh model by path, for the tensors that no checkpoint holds."""
+        assert self.build is not None
+        return dict(self.build().named_modules(remove_duplicate=False))
+
+    def member(self, path: str, skeleton: nn.Module) -> nn.Module:
+        """The module at `path` with its tensors read from the checkpoint; `skeleton` is that of the meta model."""
+
+        def fetch(name: str, old: Tensor) -> Tensor:
+            stored = self.checkpoint.tensors.get(f"{path}.{name}")
+            if stored is not None:
+                return stored.load()
+            if not old.is_meta or self.build is None:
+                return old
+            return self.built[path].get_buffer(name) if "." not in name else _deep(self.built[path], name)
+
+        return with_tensors(skeleton, fetch)
+
+
+def _deep(module: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(path)
+    tensor = owner._buffers.get(attribute)
+    tensor = owner._parameters[attribute] if tensor is None else tensor
+    assert tensor is not None
+    return tensor.detach()
+
+
+def source_of(checkpoint: Checkpoint, spec: Spec, consent: Consent) -> Source:
+    """The checkpoint with the code that the spec names; raises UnsafeError where nobody allowed that code."""
+    build = _factory(spec, consent)
+    if build is None and checkpoint.module is not None:
+        module = checkpoint.module
+        return Source(checkpoint, lambda: copy.deepcopy(module), vocabulary_of(spec, consent), _train_mode(module))
+    return Source(checkpoint, build, vocabulary_of(spec, consent))
+
+
+def _train_mode(module: nn.Module) -> list[LedgerEntry]:
+    training = [path or "(the model)" for path, part in module.named_modules() if part.training]
+    if not training:
+        return []
+    return [LedgerEntry("train-mode", training[0], f"{len(training)} modules were in train mode; set to eval")]
+
+
+def vocabulary_of(spec: Spec, consent: Consent) -> Vocabulary:
+    """The spec's extra mappings with their classes and functions imported."""
+    folder = folder_of(spec)
+    fusers, treat = [], {}
+    for extra in spec.extra_mappings:
+        if extra.fuser is not None:
+            classes = tuple(load_class(name, consent, folder) for name in extra.sequence or ())
+            fusers.append(CustomFuser(classes, extra.fuser, load_object(extra.fuser, consent, folder)))
+        else:
+            treat[load_class(extra.treat or "", consent, folder)] = load_class(extra.as_ or "", consent, folder)
+    return Vocabulary(tuple(fusers), treat)
+
+
+def folder_of(spec: Spec) -> Path:
+    """Where a spec's relative paths start: its own folder."""
+    return spec.source.parent if spec.source else Path.cwd()
+
+
+def _factory(spec: Spec, consent: Consent) -> Callable[[], nn.Module] | None:
+    if spec.model is None:
+        return None
+    reference, kwargs = spec.model.factory, dict(spec.model.kwargs)
+    factory = load_object(reference, consent, folder_of(spec))
+    where = spec.where(("model",))
+
+    def build() -> nn.Module:
+        try:
+            with quiet_stdout():
+                model = factory(**copy.deepcopy(kwargs))
+        except Exception as error:  # whatever somebody's constructor may raise
+            message = f"the factory {reference} raised {type(error).__name__}: {error}"
+            raise UsageError(Problem(message, where, "check model.kwargs")) from error
+        if not isinstance(model, nn.Module):
+            message = f"the factory {reference} returned a {type(model).__name__}, not an nn.Module"
+            raise UsageError(Problem(message, where, "name a class or a function that builds the model"))
+        return model
+
+    return build
+
+
+def planted(
+    checkpoint: Checkpoint, groups: Iterable[Group], assume: Mapping[str, object]
+) -> tuple[nn.Module, list[LedgerEntry]]:
+    """A model of stand-ins, one for each member of `groups`, and what had to be assumed.
+
+    Raises UsageError with everything that the spec has to say more.
+    """
+    local = _by_module(checkpoint)
+    modules: dict[str, nn.Module] = {}
+    ledger: list[LedgerEntry] = []
+    problems: list[Problem] = []
+    for group in groups:
+        hints = Hints(
+            **{key: group.hints.get(key) for key in ("kind", "groups", "stride", "eps")},
+            transposed=assume.get("transposed"),  # type: ignore[arg-type]  # the spec's own types
+            assumed_eps=assume.get("eps"),  # type: ignore[arg-type]
+            where=group.where,
+        )
+        rank = rank_of(local.get(group.modules[0], {}))
+        for path in group.modules:
+            try:
+                modules[path] = stand_in(path, local.get(path, {}), hints, rank) if path in local else Unknown()
+            except UsageError as error:
+                problems += error.problems
+        ledger += (LedgerEntry("assumed", path, what) for path, what in hints.assumed)
+    if problems:
+        raise UsageError(*problems)
+    return plant(modules), ledger
+
+
+def _by_module(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    local: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        path, _, attribute = name.rpartition(".")
+        local.setdefault(path, {})[attribute] = (tensor.shape, tensor.dtype)
+    return local
+
+
+def module_names(checkpoint: Checkpoint) -> list[str]:
+    """The modules that hold tensors, in the order of the file."""
+    return [path for path in _by_module(checkpoint) if path]

@@ -1,0 +1,98 @@
+"""The schema that editors check a spec with describes what people write."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fusecli.spec import json_schema
+
+SCHEMA = json_schema()
+
+
+def accepts(schema: dict[str, Any], value: object) -> bool:
+    """The few words of JSON schema that this one uses."""
+    if "$ref" in schema:
+        return accepts(SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]], value)
+    forms = [accepts(form, value) for form in schema.get("anyOf", [])]
+    alternatives = [accepts(form, value) for form in schema.get("oneOf", [])]
+    return (
+        (not forms or any(forms))
+        and (not alternatives or sum(alternatives) == 1)
+        and ("const" not in schema or value == schema["const"])
+        and ("enum" not in schema or value in schema["enum"])
+        and _typed(schema, value)
+        and _filled(schema, value)
+    )
+
+
+def _typed(schema: dict[str, Any], value: object) -> bool:
+    types = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "boolean": bool,
+        "null": type(None),
+        "integer": int,
+    }
+    wanted = schema.get("type", [])
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    return not wanted or any(isinstance(value, types.get(name, (int, float))) for name in wanted)
+
+
+def _filled(schema: dict[str, Any], value: object) -> bool:
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        closed = schema.get("additionalProperties") is False
+        return all(key in value for key in schema.get("required", [])) and all(
+            accepts(known[key], item) if key in known else not closed for key, item in value.items()
+        )
+    if isinstance(value, list):
+        items = schema.get("items", {})
+        return len(value) >= schema.get("minItems", 0) and all(accepts(items, item) for item in value)
+    if isinstance(value, (int, float)) and "minimum" in schema and value < schema["minimum"]:
+        return False
+    return not (isinstance(value, (int, float)) and value <= schema.get("exclusiveMinimum", float("-inf")))
+
+
+def test_what_people_write_is_valid() -> None:
+    for document in (
+        {},
+        {"groups": ["conv1", "bn1"]},
+        {"groups": [["conv1", "bn1"], {"modules": ["a", "b"], "eps": 1e-3, "stride": 2}]},
+        {"groups": [[1.1, None], {"modules": [0, 1], "stride": [2, 1], "kind": "linear"}]},
+        {"inputs": [{"shape": [1]}, [{"file": "a", "key": "b"}, [{"shape": []}]]]},
+        {"model": {"factory": "a:b", "kwargs": {"x": [1, {"y": None}]}}},
+        {"extra_mappings": [{"treat": "a.B", "as": "c.D"}, {"sequence": ["a.B", "c.D"], "fuser": "e:f"}]},
+        {"version": 1, "qat": False, "discover": False, "exclude": ["head.*"], "verify": {"samples": 1}},
+    ):
+        assert accepts(SCHEMA, document), document
+
+
+def test_what_fusecli_refuses_is_invalid() -> None:
+    for document in (
+        {"grops": []},
+        {"version": 2},
+        {"qat": True},
+        {"discover": True},
+        {"groups": "conv1"},
+        {"groups": ["conv1"]},
+        {"groups": [["conv1"]]},
+        {"groups": [{"modul": ["a", "b"]}]},
+        {"groups": [{"modules": ["a", "b"], "eps": 0}]},
+        {"groups": [{"modules": ["a", "b"], "kind": "conv"}]},
+        {"inputs": [{"dtype": "int64"}]},
+        {"inputs": [{"shape": [0]}]},
+        {"inputs": [{"shape": [1], "file": "a", "key": "b"}]},
+        {"extra_mappings": [{"treat": "a.B", "as_": "c.D"}]},
+        {"verify": {"samples": 0}},
+        {"model": {"kwargs": {}}},
+    ):
+        assert not accepts(SCHEMA, document), document
+
+
+def test_every_reference_leads_somewhere_and_the_schema_is_json() -> None:
+    text = json.dumps(SCHEMA)
+    assert all(f'"{name}":' in text for name in ("Group", "GroupMapping", "InputEntry"))
+    targets = {part.split('"')[0] for part in text.split("#/$defs/")[1:]}
+    assert targets <= set(SCHEMA["$defs"])
