@@ -16,6 +16,8 @@ from fusecli.consent import Consent, load_object
 from fusecli.errors import Problem, UsageError
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
 
+# Where a fused model keeps the names of its groups, so that `verify` can judge each by itself.
+GROUPS_ATTRIBUTE = "_fusecli_groups"
 _MOST_NAMES = 3
 
 
@@ -36,12 +38,15 @@ def load_into(
     model: nn.Module, artifact: Checkpoint, consent: Callable[[], Consent], folder: Path | None = None
 ) -> nn.Module:
     """`load_fused` on an open artifact; the fusers of opaque edits are files relative to `folder`."""
-    edits = manifest_of(artifact).edits
+    manifest = manifest_of(artifact)
+    edits = manifest.edits
     where = str(artifact.path)
     if any(isinstance(edit, Opaque) for edit in edits):
         edits = tuple(_with_fuser(edit, model, consent(), folder) for edit in edits)
     replay(model, edits, where)
     load_strictly(model, loaded(artifact), where)
+    if not any(isinstance(edit, Opaque) for edit in edits):
+        model.__dict__[GROUPS_ATTRIBUTE] = tuple(group.modules for group in manifest.groups)
     return model.eval()
 
 

@@ -20,8 +20,8 @@ from fusecli.outcome import LedgerEntry, Refusal
 from fusecli.rewrite import Identity, ModuleTree, Opaque, Rewrite, apply_rewrite
 from fusecli.rules import all_rules
 from fusecli.rules._member import Member
-from fusecli.verify.compare import TOLERANCE
-from fusecli.verify.probe import probe
+from fusecli.equivalence.compare import TOLERANCE
+from fusecli.equivalence.probe import probe
 
 Modules = Mapping[str, nn.Module]
 

@@ -69,7 +69,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _outweighs(root: Mapping[Any, Any], found: Mapping[str, Any]) -> bool:
-    """Whether the tables below are extra state of the root, rather than the root a mean and std beside them."""
+    """Whether the tables below are extra state of the root, not the root a mean and std beside them."""
     return all(isinstance(state, Mapping) and len(state) <= len(root) for state in found.values())
 
 

@@ -143,7 +143,6 @@ def group_reports(fold: Fold, fused: nn.Module) -> list[GroupReport]:
                 keys_renamed=tuple((old, new) for old, new in moved if new is not None and new != old),
                 keys_added=tuple(new for key in rewritten if key not in own and (new := keymap(key)) is not None),
                 kept=decision.kept,
-                notes=tuple(f"{path} stays where it is" for path in decision.kept),
             )
         )
     return reports
@@ -187,7 +186,7 @@ def _stream(fold: Fold, tick: Callable[[str], None]) -> Iterator[tuple[str, Tens
             if not decision.custom:
                 modules = _modules(fold.source, tree, decision, real=True)
                 rewrite = compute(decision, modules)
-                fold.ranges[number] = _ranges(modules[decision.members[0]], rewrite, decision.members[0])
+                fold.ranges[number] = weight_range(modules[decision.members[0]], rewrite, decision.members[0])
         except NotFoldable as no:
             refused.append(refusal(decision.group, no, decision.rule))
             continue
@@ -210,7 +209,7 @@ def _modules(source: Source, tree: ModuleTree, decision: Decision, *, real: bool
     return {path: source.member(path, module) for path, module in found.items()} if real else found
 
 
-def _ranges(layer: nn.Module, rewrite: Rewrite, path: str) -> tuple[float, float]:
+def weight_range(layer: nn.Module, rewrite: Rewrite, path: str) -> tuple[float, float]:
     """Largest over smallest per-channel |weight|, before and after: what per-tensor int8 would suffer from."""
     old, new = layer._parameters.get("weight"), rewrite.tensors.get(f"{path}.weight")
     if old is None or new is None:

@@ -185,7 +185,7 @@ class _Job:
 
     def _finish(self, outcome: Outcome, stage: Staged) -> Outcome:
         if outcome.exit_code is not ExitCode.OK:
-            return replace(outcome, next_step=f"nothing was written to {self.target}; see the groups above")
+            return outcome
         if self.request.dry_run:
             return replace(outcome, status="planned", next_step=f"without --dry-run this writes {self.target}")
         stage.commit()

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusecli.errors import Problem, UsageError
 from fusecli.jobs.source import folder_of
 from fusecli.spec import InputSpec, Spec
-from fusecli.verify.run import Sample
+from fusecli.equivalence.run import Sample
 
 
 def samples_of(spec: Spec, seed: int, count: int) -> list[Sample]:

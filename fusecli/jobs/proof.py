@@ -17,10 +17,10 @@ from fusecli.errors import RefusedError
 from fusecli.jobs.fold import Fold
 from fusecli.outcome import GroupReport, Verdict
 from fusecli.rewrite import ModuleTree
-from fusecli.verify.alone import judge_alone
-from fusecli.verify.groups import GroupCheck
-from fusecli.verify.judge import Findings, Subject, judge, narrowest, verdict_of
-from fusecli.verify.run import Sample
+from fusecli.equivalence.alone import judge_alone
+from fusecli.equivalence.groups import GroupCheck
+from fusecli.equivalence.judge import Findings, Subject, judge, narrowest, verdict_of
+from fusecli.equivalence.run import Sample
 
 
 @dataclass(frozen=True)

@@ -148,14 +148,19 @@ def _factory(spec: Spec, consent: Consent) -> Callable[[], nn.Module] | None:
 
 
 def planted(
-    checkpoint: Checkpoint, groups: Iterable[Group], assume: Mapping[str, object]
+    checkpoint: Checkpoint,
+    groups: Iterable[Group],
+    assume: Mapping[str, object],
+    known: Mapping[str, nn.Module] | None = None,
 ) -> tuple[nn.Module, list[LedgerEntry]]:
     """A model of stand-ins, one for each member of `groups`, and what had to be assumed.
 
+    `known` are members without tensors that are known all the same.
     Raises UsageError with everything that the spec has to say more.
     """
     local = _by_module(checkpoint)
     modules: dict[str, nn.Module] = {}
+    known = known or {}
     ledger: list[LedgerEntry] = []
     problems: list[Problem] = []
     for group in groups:
@@ -168,7 +173,10 @@ def planted(
         rank = rank_of(local.get(group.modules[0], {}))
         for path in group.modules:
             try:
-                modules[path] = stand_in(path, local.get(path, {}), hints, rank) if path in local else Unknown()
+                if path in local:
+                    modules[path] = stand_in(path, local[path], hints, rank)
+                else:
+                    modules[path] = known.get(path) or Unknown()
             except UsageError as error:
                 problems += error.problems
         ledger += (LedgerEntry("assumed", path, what) for path, what in hints.assumed)

@@ -120,6 +120,11 @@ def test_the_nearest_name_is_the_one_that_was_meant(name: str, nearest: str) -> 
     assert problem == f"spec.groups[0][0]: no module is named '{name}'; did you mean '{nearest}'?"
 
 
+def test_near_names_are_sought_for_the_first_twenty() -> None:
+    problems = unbound(spec_from_mapping({"groups": [[f"conv1{i:02}" for i in range(30)]]}))
+    assert ["did you mean 'conv1'?" in problem for problem in problems] == [True] * 20 + [False] * 10
+
+
 @pytest.mark.parametrize("names", [[], [""], ["entirely.different"]])
 def test_without_a_near_name_none_is_made_up(names: list[str]) -> None:
     problems = unbound(spec_from_mapping({"groups": [["xy", "zw"]]}), names)

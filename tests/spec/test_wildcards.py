@@ -86,6 +86,12 @@ def test_each_complete_binding_is_a_group_in_the_order_of_the_model() -> None:
     assert {group.where for group in bound} == {"groups[0]"}
 
 
+def test_the_order_is_that_of_the_names_where_blocks_interleave() -> None:
+    names = [f"{branch}.{depth}.{leaf}" for depth in (0, 1) for branch in "ba" for leaf in ("conv", "bn")]
+    bound = bind_lists([["*.*.conv", "*.*.bn"]], names)
+    assert [group.modules[0] for group in bound] == ["b.0.conv", "a.0.conv", "b.1.conv", "a.1.conv"]
+
+
 def test_an_incomplete_binding_beside_complete_ones_is_passed_over() -> None:
     names = [name for name in RESNET if name != "layer1.0.bn1"]
     bound = bind_lists([["layer*.*.conv1", "layer*.*.bn1"]], names)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from fusecli.outcome import Judgement
-from fusecli.verify.compare import TOLERANCE, Difference, Incomparable, compare
-from fusecli.verify.run import Sample, cast, float64_arithmetic
+from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
+from fusecli.equivalence.run import Sample, cast, float64_arithmetic
 
 Observer = Callable[[int, Sample, Any], None]
 _PERTURBATION = 0.01

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fusecli.errors import Problem, UsageError
 from fusecli.outcome import Judgement, Verdict
-from fusecli.verify.compare import TOLERANCE, Difference, Incomparable, compare
-from fusecli.verify.groups import GroupCheck, observed
-from fusecli.verify.run import Sample, changed_buffers, run
-from fusecli.verify.stored import misstored
+from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
+from fusecli.equivalence.groups import GroupCheck, observed
+from fusecli.equivalence.run import Sample, changed_buffers, run
+from fusecli.equivalence.stored import misstored
 
 MAX_DRIFT = 10.0  # times the original's own error
 
@@ -251,8 +251,29 @@ def verdict_of(found: Findings, seed: int, dtype: torch.dtype) -> Verdict:
         samples=found.runs,
         seed=seed,
         checks=_sentences(found, ran, too_far),
+        check_results=_results(found, ran, too_far),
         reasons=(*reasons, *doubts),
     )
+
+
+def _results(found: Findings, ran: bool, too_far: bool) -> dict[str, Judgement]:
+    """What each of the four checks says by itself."""
+
+    def result(wrong: bool, unsure: bool) -> Judgement:
+        if wrong:
+            return Judgement.DIFFERENT
+        return Judgement.INCONCLUSIVE if unsure else Judgement.EQUIVALENT
+
+    checks = found.checks
+    differ = any(check.judgement is Judgement.DIFFERENT for check in checks) or found.end.error > TOLERANCE
+    idle = any(not check.calls or check.noticed <= TOLERANCE for check in checks)
+    erratic = bool(found.inconclusive)
+    return {
+        "semantic": result(differ and not erratic, erratic or any(not check.calls for check in checks)),
+        "drift": result(too_far and not erratic, ran and found.drift is None),
+        "power": result(False, idle),
+        "from disk": result(bool(found.different), not found.disk),
+    }
 
 
 def _sentences(found: Findings, ran: bool, too_far: bool) -> dict[str, str]:
@@ -260,11 +281,13 @@ def _sentences(found: Findings, ran: bool, too_far: bool) -> dict[str, str]:
     noticed = sum(check.noticed > TOLERANCE for check in found.checks)
     total = len(found.checks)
     end = f"{found.end.error:.1e}" if ran else "not run"
+    drift = "not measured end to end"
+    if found.drift is not None and found.noise is not None:
+        far = ", too far" if too_far else ""
+        drift = f"{found.drift:.1e} against the original's own {found.noise:.1e} in the stored dtype{far}"
     return {
         "semantic": f"{equal} of {total} groups equal in float64; end to end {end}",
-        "drift": "not measured"
-        if found.drift is None or found.noise is None
-        else f"{found.drift:.1e} against a noise floor of {found.noise:.1e}{', too far' if too_far else ''}",
+        "drift": drift,
         "power": f"{noticed} of {total} groups ran and notice 1 % of error in their weights",
         "from disk": found.disk,
     }

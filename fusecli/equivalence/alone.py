@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fusecli.graph.materialise import in_float64, probe_input, with_tensors
 from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, plant
-from fusecli.verify.groups import GroupCheck
-from fusecli.verify.probe import chain
-from fusecli.verify.run import Sample
-from fusecli.verify.stored import holds_fold
+from fusecli.equivalence.groups import GroupCheck
+from fusecli.equivalence.probe import chain
+from fusecli.equivalence.run import Sample
+from fusecli.equivalence.stored import holds_fold
 
 Modules = Mapping[str, nn.Module]
 
@@ -46,7 +46,7 @@ def judge_alone(
     x = probe_input(next(iter(original.values())), generator)
     with torch.no_grad():
         check.semantic(Sample((x,)), chain(list(_twin(original).values()), x))
-        narrow = x.to(next(iter(stored.values())).dtype)
+        narrow = x.to(next(p.dtype for module in original.values() for p in module.parameters()))
         check.stored(Sample((narrow,)), chain(list(original.values()), narrow))
     return check, []
 

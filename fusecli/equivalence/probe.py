@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusecli.graph.materialise import in_float64, probe_input
 from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, plant
-from fusecli.verify.compare import Difference, compare
+from fusecli.equivalence.compare import Difference, compare
 
 _SEED = 0x5EED
 

@@ -1,0 +1,264 @@
+"""The Python API: what `import fusecli` offers, on models in memory."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fusecli.artifact import GROUPS_ATTRIBUTE, load_fused
+from fusecli.checkpoint import Checkpoint, StoredTensor
+from fusecli.consent import Consent
+from fusecli.engine import CustomFuser, Decision, Group, Vocabulary, compute_all, fuse_tree, plan, replaced
+from fusecli.errors import ExitCode, Problem, RefusedError, UsageError
+from fusecli.jobs import facts
+from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold, weight_range
+from fusecli.jobs.proof import float64_fold, reported
+from fusecli.jobs.source import Source, vocabulary_of
+from fusecli.outcome import Judgement, LedgerEntry, Outcome, Verdict
+from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite
+from fusecli.spec import Spec, read_spec, spec_from_mapping
+from fusecli.spec.wildcards import bind_groups, bind_lists
+from fusecli.equivalence.foreign import judge_foreign
+from fusecli.equivalence.groups import GroupCheck
+from fusecli.equivalence.judge import Subject, judge
+from fusecli.equivalence.run import Sample
+
+__all__ = ["fuse", "fuse_modules", "load_fused", "verify"]
+
+_log = logging.getLogger("fusecli")
+_STATUS = {
+    Judgement.EQUIVALENT: ("fused", ExitCode.OK),
+    Judgement.DIFFERENT: ("different", ExitCode.DIFFERENT),
+    Judgement.INCONCLUSIVE: ("inconclusive", ExitCode.INCONCLUSIVE),
+}
+Groups = Sequence[str] | Sequence[Sequence[str]]
+
+
+def fuse_modules(
+    model: nn.Module,
+    modules_to_fuse: Groups,
+    inplace: bool = False,
+    fuser_func: Callable[..., Sequence[nn.Module]] | None = None,
+    fuse_custom_config_dict: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """`model` with the groups fused, in eval mode: a drop-in for torch.ao.quantization.fuse_modules.
+
+    modules_to_fuse          one list of module names, or a list of such lists
+    inplace                  change `model` itself; else a copy is changed, which shares nothing with it
+    fuser_func               replaces the rules: called as (modules, is_qat, additional_fuser_method_mapping),
+                             it returns as many modules, which take the places of those it was given
+    fuse_custom_config_dict  {"additional_fuser_method_mapping": {(Conv2d, MyNorm): fuser}}, each fuser called
+                             as (is_qat, *modules)
+
+    Where torch.ao leaves a model half fused, this changes nothing: all groups are checked first. Nothing is
+    verified; `fuse` does that. Raises UsageError for names that do not exist, RefusedError for groups that
+    cannot be fused.
+    """
+    additional = (fuse_custom_config_dict or {}).get("additional_fuser_method_mapping", {})
+    if fuser_func is not None:
+        return _with_fuser_func(model, modules_to_fuse, inplace, fuser_func, additional)
+    tree = ModuleTree(model)
+    groups = [Group(g.modules, g.where) for g in bind_lists(modules_to_fuse, _names(tree))]
+    planned = plan(tree, groups, _vocabulary(additional))
+    rewrites, refused = compute_all(tree, planned.decisions)
+    refused = [*planned.refused, *refused]
+    if refused:
+        raise RefusedError(*(Problem(no.reason, " + ".join(no.group), no.remedy) for no in refused))
+    if training := [entry.where for entry in _train_mode(model)]:
+        _log.warning("%d modules were in train mode; set to eval: %s", len(training), ", ".join(training))
+    return _applied(model, planned.decisions, rewrites, inplace=inplace)[0]
+
+
+def fuse(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    groups: Groups | None = None,
+    spec: Spec | str | Path | Mapping[str, Any] | None = None,
+    allow_code: Iterable[str] = (),
+) -> Outcome:
+    """Fuses a copy of `model` and proves it on `inputs`; `outcome.model` is the fused copy, None if it is wrong.
+
+    inputs      a tensor, a tuple of positional arguments, or a dict of keyword arguments
+    groups      as for fuse_modules; None: those of the spec
+    spec        a Spec, a path or a dict: groups, extra mappings and the seed are taken from it
+
+    The outcome holds the same facts as the JSON report of `fusecli fuse`. A group that cannot be fused is in
+    `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
+    """
+    read = _spec(spec, groups)
+    source = Source(_in_memory(model), lambda: copy.deepcopy(model))
+    source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
+    tree = ModuleTree(model)
+    bound = [Group(g.modules, g.where) for g in bind_groups(read, _names(tree))]
+    before = Outcome(
+        "fuse",
+        "refused",
+        ExitCode.REFUSED,
+        spec=facts.spec_facts(read),
+        totals_before=facts.totals(facts.layout_of(source.checkpoint), model),
+        environment=facts.environment(),
+    )
+    modules = dict(model.named_modules())
+    try:
+        fold = plan_fold(source, model, bound)
+    except Refused as no:
+        return replace(before, refused=no.refused, unfused=facts.unfused_norms(modules, (), no.refused))
+    rewrites, refused = compute_all(tree, fold.decisions)
+    if refused:
+        return replace(before, refused=tuple(refused), unfused=facts.unfused_norms(modules, (), refused))
+    unfused = facts.unfused_norms(modules, fold.decisions, ())
+    if not fold.decisions:
+        why = "every group is fused already" if fold.done else "no groups were given"
+        return replace(
+            before, status="nothing to fuse", exit_code=ExitCode.NOTHING, unfused=unfused, problems=(why,), model=model
+        )
+    for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
+        fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
+    fused, lost = _applied(model, fold.decisions, rewrites, inplace=False)
+    verdict, checks = _judged(model, fused, fold, Sample.of(inputs), read.verify.seed)
+    reports = reported(group_reports(fold, fused), checks)
+    verdict = replace(verdict, groups=reports)
+    status, code = _STATUS[verdict.judgement]
+    return replace(
+        before,
+        status=status,
+        exit_code=code,
+        groups=reports,
+        unfused=unfused,
+        verification=verdict,
+        ledger=(*_train_mode(model), *facts.statistics_ledger(source.checkpoint, fold.decisions), *lost),
+        totals_after=facts.totals(facts.layout_of(_in_memory(fused)), fused),
+        model=fused if verdict.judgement is not Judgement.DIFFERENT else None,
+    )
+
+
+def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0) -> Verdict:
+    """Whether `fused` computes what `original` does, on `inputs` (as for `fuse`), both in eval mode.
+
+    A model that fusecli fused or loaded carries the names of its groups: each is judged by itself, its weights
+    against the fold of the original's. Of any other model only the outputs can be compared.
+    Neither model is changed. Raises UsageError where `original` does not run on the inputs.
+    """
+    sample = Sample.of(inputs)
+    names = fused.__dict__.get(GROUPS_ATTRIBUTE)
+    if not names:
+        return judge_foreign(_copy(original), _copy(fused), sample, seed)
+    source = Source(_in_memory(original), lambda: copy.deepcopy(original))
+    try:
+        fold = plan_fold(source, original, [Group(tuple(modules)) for modules in names])
+        verdict, checks = _judged(original, fused, fold, sample, seed)
+    except (Refused, RefusedError, KeyError) as no:
+        reason = f"the fused model's groups do not belong to the original: {no}"
+        return Verdict(Judgement.DIFFERENT, seed=seed, reasons=(reason,))
+    return replace(verdict, groups=reported(group_reports(fold, fused), checks))
+
+
+def _judged(
+    original: nn.Module, fused: nn.Module, fold: Fold, sample: Sample, seed: int
+) -> tuple[Verdict, list[GroupCheck]]:
+    groups = [decision.group for decision in fold.decisions]
+    plain = _copy(original)
+
+    def partly_fused(count: int) -> nn.Module:
+        return float64_fold(plain, groups[:count], fold.source.vocabulary)
+
+    subject = Subject(
+        original=plain,
+        fused=_copy(fused),
+        exact=partly_fused(len(groups)),
+        groups=tuple(decision.members for decision in fold.decisions),
+        folded=fold.folded,
+        foreign=fold.foreign,
+        partly_fused=partly_fused,
+    )
+    return judge(subject, [sample], seed=seed)
+
+
+def _applied(
+    model: nn.Module, decisions: Sequence[Decision], rewrites: Sequence[Rewrite], *, inplace: bool
+) -> tuple[nn.Module, list[LedgerEntry]]:
+    """`model`, or a copy of it, with the rewrites done, and what was lost."""
+    if not inplace:
+        # Weights that get a new value need no copy: until then the copy holds the original's own.
+        new = replaced(rewrites)
+        shared = {id(p): p for name, p in model.named_parameters() if name in new}
+        model = copy.deepcopy(model, dict(shared))
+    tree = ModuleTree(model.eval())
+    lost = [entry for rewrite in rewrites for entry in apply_rewrite(tree, rewrite)]
+    if decisions and not any(decision.custom for decision in decisions):
+        earlier = model.__dict__.get(GROUPS_ATTRIBUTE, ())
+        model.__dict__[GROUPS_ATTRIBUTE] = (*earlier, *(decision.group.modules for decision in decisions))
+    return model, lost
+
+
+def _with_fuser_func(
+    model: nn.Module,
+    modules_to_fuse: Groups,
+    inplace: bool,
+    fuser_func: Callable[..., Sequence[nn.Module]],
+    additional: Mapping[Any, Any],
+) -> nn.Module:
+    model = model if inplace else copy.deepcopy(model)
+    tree = ModuleTree(model)
+    made = []
+    for group in bind_lists(modules_to_fuse, _names(tree)):
+        modules = list(fuser_func([tree[path] for path in group.modules], False, dict(additional)))
+        if len(modules) != len(group.modules):
+            message = f"fuser_func returned {len(modules)} modules for {len(group.modules)}"
+            raise UsageError(Problem(message, " + ".join(group.modules)))
+        made += zip(group.modules, modules, strict=True)
+    for path, module in made:
+        tree.replace(path, module)
+    return model
+
+
+def _vocabulary(additional: Mapping[Any, Any]) -> Vocabulary:
+    fusers = []
+    for sequence, function in additional.items():
+        types = sequence if isinstance(sequence, tuple) else (sequence,)
+        fusers.append(CustomFuser(types, getattr(function, "__qualname__", repr(function)), function))
+    return Vocabulary(tuple(fusers))
+
+
+def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | None) -> Spec:
+    if isinstance(spec, str | Path):
+        spec = read_spec(spec)
+    elif isinstance(spec, Mapping):
+        spec = spec_from_mapping(spec)
+    if groups is None:
+        return spec or Spec()
+    listed = spec_from_mapping({"groups": groups}, where="").groups
+    return spec.model_copy(update={"groups": listed}) if spec else spec_from_mapping({"groups": groups}, where="")
+
+
+def _in_memory(model: nn.Module) -> Checkpoint:
+    """The model's state dict as the checkpoint that it would be, without a file."""
+    tensors = {
+        name: StoredTensor(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor.detach())
+        for name, tensor in model.state_dict().items()
+        if hasattr(tensor, "dtype")
+    }
+    return Checkpoint(Path("(in memory)"), "in memory", tensors, ())
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval()
+
+
+def _names(tree: ModuleTree) -> list[str]:
+    return [path for path in tree.modules if path]
+
+
+def _train_mode(model: nn.Module) -> list[LedgerEntry]:
+    return [
+        LedgerEntry("train-mode", path or "(the model)", "was in train mode; set to eval")
+        for path, module in model.named_modules()
+        if module.training and not any(True for _ in module.children())
+    ]

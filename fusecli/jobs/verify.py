@@ -1,0 +1,142 @@
+"""`verify` on files: proves an artifact again from the checkpoint, the artifact and its manifest.
+
+With a spec the model is run; without one each group is judged by itself on stand-ins, with what the manifest
+says of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from fusecli.artifact import manifest_of
+from fusecli.checkpoint import Checkpoint, open_checkpoint
+from fusecli.consent import Consent
+from fusecli.engine import Group
+from fusecli.errors import ExitCode, Problem, UsageError
+from fusecli.jobs import facts
+from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold
+from fusecli.jobs.fuse import judged, strictly
+from fusecli.jobs.proof import reported
+from fusecli.jobs.source import Source, planted, source_of
+from fusecli.outcome import Judgement, LedgerEntry, Outcome
+from fusecli.rewrite import Container, Manifest, Opaque, Remainder
+from fusecli.spec import Spec, read_spec
+
+_STATUS = {
+    Judgement.EQUIVALENT: ("verified", ExitCode.OK),
+    Judgement.DIFFERENT: ("different", ExitCode.DIFFERENT),
+    Judgement.INCONCLUSIVE: ("inconclusive", ExitCode.INCONCLUSIVE),
+}
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """One call of `fusecli verify`."""
+
+    checkpoint: Path
+    fused: Path
+    spec: Path | None = None
+    strict: bool = False
+    allow_pickle: bool = False
+    seed: int | None = None
+    samples: int | None = None
+
+
+def verify_file(request: VerifyRequest, consent: Consent, tick: Callable[[str], None] = lambda _: None) -> Outcome:
+    """The verdict on the artifact; raises UsageError and UnsafeError where the files cannot be judged."""
+    spec = read_spec(request.spec) if request.spec else None
+    tick("opening the files")
+    with open_checkpoint(request.fused) as artifact:
+        manifest = manifest_of(artifact)
+        with open_checkpoint(
+            request.checkpoint,
+            allow_pickle=request.allow_pickle,
+            key=manifest.key or None,
+            strip_prefix=manifest.strip_prefix,
+        ) as checkpoint:
+            source, skeleton, groups = _structure(checkpoint, spec, manifest, consent, request.fused)
+            return _verify(request, spec, source, skeleton, groups, manifest, artifact, consent, tick)
+
+
+def _structure(
+    checkpoint: Checkpoint, spec: Spec | None, manifest: Manifest, consent: Consent, fused: Path
+) -> tuple[Source, nn.Module, list[Group]]:
+    groups = [Group(record.modules, hints=record.hints) for record in manifest.groups]
+    if spec is not None or checkpoint.module is not None:
+        source = source_of(checkpoint, spec or Spec(), consent)
+        if source.build is not None:
+            return source, source.skeleton(), groups
+    blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
+    if blind:
+        what = f"{', '.join(blind[:3])} cannot be judged without the model's code"
+        raise UsageError(Problem(what, str(fused), "give --spec, whose model.factory builds the model"))
+    relus = {edit.members[-1]: nn.ReLU() for edit in manifest.edits if isinstance(edit, Container)}
+    skeleton, _ = planted(checkpoint, groups, {}, relus)
+    return Source(checkpoint, None), skeleton, groups
+
+
+def _verify(
+    request: VerifyRequest,
+    spec: Spec | None,
+    source: Source,
+    skeleton: nn.Module,
+    groups: list[Group],
+    manifest: Manifest,
+    artifact: Checkpoint,
+    consent: Consent,
+    tick: Callable[[str], None],
+) -> Outcome:
+    whole = skeleton if source.build is not None else None
+    modules = dict(skeleton.named_modules())
+    outcome = Outcome(
+        "verify",
+        "different",
+        ExitCode.DIFFERENT,
+        input=facts.input_facts(source.checkpoint),
+        output=facts.output_facts(request.fused, artifact),
+        spec=facts.spec_facts(spec) if spec else None,
+        totals_before=facts.totals(facts.layout_of(source.checkpoint), whole),
+        environment=facts.environment(),
+    )
+    try:
+        fold = plan_fold(source, skeleton, groups)
+    except Refused as no:
+        problem = "the manifest's groups cannot be fused on this checkpoint: it is not the one they came from"
+        return replace(outcome, refused=no.refused, problems=(problem,))
+    verdict, checks = judged(fold, artifact, spec, consent, tick, request.seed, request.samples)
+    ledger = [*source.ledger, *apply_to_skeleton(fold), *_mismatches(source.checkpoint, manifest)]
+    reports = reported(group_reports(fold, fold.skeleton), checks)
+    outcome = replace(
+        outcome,
+        groups=reports,
+        unfused=facts.unfused_norms(modules, fold.decisions, ()),
+        totals_after=facts.totals(facts.layout_of(artifact), whole),
+        ledger=tuple(ledger),
+    )
+    if _edits(fold) != manifest.edits:
+        reason = "the manifest's edits are not those of its groups"
+        verdict = replace(verdict, judgement=Judgement.DIFFERENT, reasons=(*verdict.reasons, reason))
+    verdict = strictly(replace(verdict, groups=reports), outcome, request.strict)
+    status, code = _STATUS[verdict.judgement]
+    return replace(outcome, verification=verdict, status=status, exit_code=code, next_step=_next(request, whole))
+
+
+def _edits(fold: Fold) -> tuple[object, ...]:
+    return tuple(edit for rewrite in fold.rewrites for edit in rewrite.edits)
+
+
+def _mismatches(checkpoint: Checkpoint, manifest: Manifest) -> list[LedgerEntry]:
+    """An artifact made from other bytes is judged all the same; that it was made from others is said."""
+    if manifest.input_sha256 == checkpoint.sha256():
+        return []
+    return [LedgerEntry("input", str(checkpoint.path), "is not the file that the artifact was made from (sha256)")]
+
+
+def _next(request: VerifyRequest, model: nn.Module | None) -> str:
+    if model is None and request.spec is None:
+        return "add --spec fuse.yaml to run the model too, end to end"
+    return ""
