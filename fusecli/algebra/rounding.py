@@ -17,11 +17,12 @@ _EXPONENT = 0x7FF0_0000_0000_0000  # of an IEEE 754 binary64
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The elements of `dtype` nearest to `exact` [any shape, float64]; ties go to the even one.
 
-    dtype: float64 (answers `exact` itself), float32, bfloat16 or float16, subnormals included.
+    The result is a new tensor in the memory order of `exact`.
+    dtype: float64, float32, bfloat16 or float16, subnormals included.
     Raises NotFoldable "overflow" when a finite value has no finite neighbour in `dtype`,
     "not-finite" when `exact` holds NaN or Inf, "dtype" for any other dtype. Meta tensors pass.
     """
-    out = exact if dtype == torch.float64 else torch.empty_like(exact, dtype=dtype)
+    out = torch.empty_like(exact, dtype=dtype)
     round_into(out, exact)
     return out
 
@@ -29,8 +30,7 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
 def round_into(out: Tensor, exact: Tensor) -> None:
     """out = round_once(exact, out.dtype), without allocating the result. Shapes are equal."""
     require(out.dtype in (*_NATIVE, *_NARROW), "dtype", f"fusecli does not round to {out.dtype}")
-    if out is not exact:
-        out.copy_(exact if out.dtype in _NATIVE else _snapped(exact, out.dtype))
+    out.copy_(exact if out.dtype in _NATIVE else _snapped(exact, out.dtype))
     if out.numel() and not out.is_meta:
         _require_finite(out, exact)
 

@@ -51,7 +51,7 @@ def open_archive(path: Path) -> Archive:
 def _refuse_others(path: Path, names: list[str]) -> None:
     """Only an archive with data.pkl and without code is a checkpoint."""
     last = {name.split("/", 1)[-1] for name in names}
-    if "constants.pkl" in last or any(name.startswith("code/") for name in last):
+    if "constants.pkl" in last:
         fix = "save its weights with torch.save(torch.jit.load(f).state_dict(), 'weights.pt')"
         raise unreadable(path, "is a TorchScript archive: a program, not a state dict", fix)
     if last & {"archive_format", "serialized_exported_program.json"} or _exported(last):

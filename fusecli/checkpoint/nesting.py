@@ -65,7 +65,7 @@ def _is_state(value: Any) -> bool:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
     tensors = sum(isinstance(item, torch.Tensor) for item in value.values())
-    return 0 < len(value) <= 2 * tensors and not ("exp_avg" in value or "momentum_buffer" in value)
+    return 0 < len(value) <= 2 * tensors
 
 
 def _outweighs(root: Mapping[Any, Any], found: Mapping[str, Any]) -> bool:

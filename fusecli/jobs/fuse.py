@@ -20,7 +20,7 @@ from fusecli.jobs.proof import Proof, prove_alone, prove_with_model, reported
 from fusecli.jobs.source import Source, module_names, planted, source_of
 from fusecli.outcome import Evidence, Judgement, LedgerEntry, Outcome, Refusal, Verdict
 from fusecli.rewrite import MANIFEST_KEY
-from fusecli.spec import Spec, read_spec
+from fusecli.spec import Spec
 from fusecli.spec.groups import GroupSpec
 from fusecli.spec.wildcards import bind_groups
 
@@ -37,7 +37,7 @@ class FuseRequest:
     """One call of `fusecli fuse`. None: the spec decides, or the default."""
 
     checkpoint: Path
-    spec: Path
+    spec: Spec
     output: Path | None = None
     format: str | None = None
     force: bool = False
@@ -53,9 +53,9 @@ def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: Non
 
     Raises UsageError, UnsafeError and RefusedError for what stops the work before there is a plan.
     """
-    spec = read_spec(request.spec)
+    spec = request.spec
     fmt, target = _target(request, spec)
-    check_target(target, request.checkpoint, request.force or request.dry_run, [request.spec])
+    check_target(target, request.checkpoint, request.force or request.dry_run, _protected(spec))
     tick("opening the checkpoint")
     with open_checkpoint(
         request.checkpoint,
@@ -80,6 +80,10 @@ def _target(request: FuseRequest, spec: Spec) -> tuple[str, Path]:
         return fmt, request.output
     suffix = "safetensors" if fmt == "safetensors" else "pt"
     return fmt, request.checkpoint.with_name(f"{request.checkpoint.stem}.fused.{suffix}")
+
+
+def _protected(spec: Spec) -> list[Path]:
+    return [spec.source] if spec.source else []
 
 
 def _fused_already(outcome: Outcome, checkpoint: Checkpoint) -> Outcome:
@@ -156,7 +160,7 @@ class _Job:
             key=self.spec.checkpoint.key or "",
             strip_prefix=self.spec.checkpoint.strip_prefix,
         )
-        with staged(self.target, request.force or request.dry_run, request.checkpoint, [request.spec]) as stage:
+        with staged(self.target, request.force or request.dry_run, request.checkpoint, _protected(self.spec)) as stage:
             write_fold(fold, stage.path, self.fmt, manifest, self.tick)
             self.ledger += self.source.ledger + facts.statistics_ledger(checkpoint, fold.decisions)
             self.ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
@@ -254,5 +258,5 @@ def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:
 
 def verify_command(request: FuseRequest, target: Path) -> str:
     """The command line that proves the written artifact again."""
-    words = ["fusecli", "verify", str(request.checkpoint), str(target), "--spec", str(request.spec)]
+    words = ["fusecli", "verify", str(request.checkpoint), str(target), "--spec", str(request.spec.source)]
     return shlex.join(words + (["--allow-pickle"] if request.allow_pickle else []))

@@ -24,7 +24,7 @@ from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, planted, source_of
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
 from fusecli.rewrite import Container, Manifest, Opaque, Remainder
-from fusecli.spec import Spec, read_spec
+from fusecli.spec import Spec
 
 _STATUS = {
     Judgement.EQUIVALENT: ("verified", ExitCode.OK),
@@ -39,7 +39,7 @@ class VerifyRequest:
 
     checkpoint: Path
     fused: Path
-    spec: Path | None = None
+    spec: Spec | None = None
     strict: bool = False
     allow_pickle: bool = False
     seed: int | None = None
@@ -48,7 +48,7 @@ class VerifyRequest:
 
 def verify_file(request: VerifyRequest, consent: Consent, tick: Callable[[str], None] = lambda _: None) -> Outcome:
     """The verdict on the artifact; raises UsageError and UnsafeError where the files cannot be judged."""
-    spec = read_spec(request.spec) if request.spec else None
+    spec = request.spec
     tick("opening the files")
     with open_checkpoint(request.fused) as artifact:
         manifest = manifest_of(artifact)

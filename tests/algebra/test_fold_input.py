@@ -70,6 +70,21 @@ def test_law_of_a_weight_of_several_blocks() -> None:
     assert close(fold_input(op, f)(x), op(f(x)))
 
 
+def test_law_of_a_row_of_several_blocks() -> None:
+    inputs = 2 * BLOCK + 5
+    op, f, x = lift(nn.Linear(inputs, 3)), affine(inputs), random(2, inputs)
+    assert close(fold_input(op, f)(x), op(f(x)))
+
+
+def test_the_result_shares_no_memory_with_the_operand() -> None:
+    op = lift(nn.Conv1d(4, 6, 3, padding=1).double())
+    folded = fold_input(op, affine(4, shifted=False))
+    assert op.bias is not None
+    assert folded.bias is not None
+    assert torch.equal(folded.bias, op.bias)
+    assert folded.bias.data_ptr() != op.bias.data_ptr()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_weight_and_bias_come_in_the_dtype_asked_for(dtype: torch.dtype) -> None:
     folded = fold_input(lift(nn.Conv1d(3, 5, 3, bias=False).to(dtype)), affine(3), dtype)

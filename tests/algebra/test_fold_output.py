@@ -155,7 +155,8 @@ def test_the_float64_image_of_the_weight_never_exists(layer: Any, dtype: torch.d
 
 
 def test_a_small_layer_costs_few_operators() -> None:
-    op, f = lift(nn.Conv2d(64, 64, 3)), affine(64)
+    op, f = lift(nn.Conv2d(64, 48, 3)), affine(48)
+    assert op.weight.numel() <= BLOCK
     with Allocations() as seen:
         fold_output(op, f, torch.float32)
-    assert seen.calls <= 24
+    assert seen.calls <= 20

@@ -1,0 +1,71 @@
+"""The `fusecli` program: its commands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fusecli.cli import fuse, inspect, rules, schema, verify
+from fusecli.cli.screen import print_bug, print_problems
+from fusecli.errors import ExitCode, FusecliError
+
+EXIT_CODES = """
+Exit codes: 0 fused, verified, written · 1 outputs differ · 2 usage or spec error · 3 unsafe or unreadable input ·
+4 a requested fusion is unsound or unsupported · 5 nothing to fuse · 6 verification inconclusive · 70 a bug in fusecli
+"""
+
+app = typer.Typer(
+    name="fusecli",
+    help="Fold BatchNorm and friends into the layer beside them, and prove that the function stayed the same.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (fuse.fuse, verify.verify, inspect.inspect, rules.rules, schema.schema):
+    app.command(epilog=EXIT_CODES if command in (fuse.fuse, verify.verify) else None)(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fusecli {version('fusecli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the program; a mistake of the user ends in what, where, fix, and never in a traceback."""
+    errors = Console(stderr=True)
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except FusecliError as error:
+        if debug:
+            traceback.print_exc()
+        print_problems(error, errors)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our stdout has gone; the interpreter must not complain while it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.BUG)
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was written", style="yellow")
+        sys.exit(130)
+    except Exception:
+        print_bug(errors, debug)
+        sys.exit(ExitCode.BUG)

@@ -1,0 +1,34 @@
+"""`fusecli rules`."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fusecli import rules as folder
+from fusecli.errors import Problem, UsageError
+
+
+def rules(
+    name: Annotated[Optional[str], typer.Argument(help="A rule, to read all about it.")] = None,  # noqa: UP045
+) -> None:
+    """List the rules, or explain one: what it fuses, its equation, when it is exact and when it refuses."""
+    console = Console()
+    if name is None:
+        table = Table("rule", "what it does", box=None, pad_edge=False, header_style="bold")
+        for rule in folder.names():
+            table.add_row(Text(rule, "cyan"), Text(folder.describe(rule).partition("\n")[0]))
+        console.print(table)
+        console.print(Text("\n'fusecli rules NAME' explains one."))
+        return
+    if name not in folder.names():
+        near = get_close_matches(name, folder.names(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "'fusecli rules' lists all"
+        raise UsageError(Problem(f"rule '{name}' is unknown", "", hint))
+    console.print(Text(name, "bold cyan"))
+    console.print(Text(folder.describe(name)), soft_wrap=True)

@@ -1,0 +1,52 @@
+"""`fusecli verify`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fusecli.cli import options
+from fusecli.cli.reports import Reports, finish
+from fusecli.cli.screen import asker, progress
+from fusecli.outcome import Outcome
+
+
+def verify(
+    checkpoint: options.Checkpoint,
+    fused: Annotated[Path, typer.Argument(help="The artifact that fusecli made of it.")],
+    spec: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--spec", "-s", help="The spec, where the model is to be built and run."),
+    ] = None,
+    allow_code: options.AllowCode = None,
+    allow_pickle: options.AllowPickle = False,
+    seed: options.Seed = None,
+    samples: options.Samples = None,
+    strict: options.Strict = False,
+    report: options.Report = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Prove again, from the files, that an artifact computes what the checkpoint does.
+
+    With the spec the model is run, end to end. Without it each group is judged by itself, by its tensors.
+    """
+    reports = Reports.parse(report or [], quiet, [checkpoint, fused, spec])
+
+    def work() -> Outcome:
+        from fusecli.spec import read_spec
+
+        parsed = read_spec(spec) if spec else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from fusecli.consent import Consent
+            from fusecli.jobs.verify import VerifyRequest, verify_file
+
+            request = VerifyRequest(checkpoint, fused, parsed, strict, allow_pickle, seed, samples)
+            with progress(quiet) as tick:
+                return verify_file(request, Consent.gather(allow_code or [], asker()), tick)
+
+    finish("verify", reports, work)
