@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fusecli.checkpoint import open_checkpoint
+from fusecli.checkpoint import open_checkpoint, write_pt
 from fusecli.errors import UnsafeError, UsageError
 
 KEYS = ("conv.weight", "conv.bias")
@@ -123,3 +123,12 @@ def test_real_cuda_tags_and_float_counters(trained):
         assert "46 tensor storages saved from cuda:0" in text
         assert "num_batches_tracked is a float in 6 places" in text
         assert "the prefix 'module.' was taken off" in text
+
+
+def test_an_artifact_keeps_its_own_names(tmp_path):
+    state, manifest = {"module.weight": torch.ones(2)}, {"fusecli": "{}"}
+    save_file(state, tmp_path / "m.safetensors", metadata=manifest)
+    write_pt(tmp_path / "m.pt", state, manifest)
+    for name in ("m.safetensors", "m.pt"):
+        with open_checkpoint(tmp_path / name) as checkpoint:
+            assert list(checkpoint.tensors) == ["module.weight"]
