@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fusecli.artifact import GROUPS_ATTRIBUTE, load_fused
+from fusecli.artifact import load_fused
 from fusecli.checkpoint import Checkpoint, StoredTensor
 from fusecli.consent import Consent
 from fusecli.engine import CustomFuser, Decision, Group, Vocabulary, compute_all, fuse_tree, plan, replaced
@@ -26,8 +26,9 @@ from fusecli.spec import Spec, read_spec, spec_from_mapping
 from fusecli.spec.wildcards import bind_groups, bind_lists
 from fusecli.equivalence.foreign import judge_foreign
 from fusecli.equivalence.groups import GroupCheck
-from fusecli.equivalence.judge import Subject, judge
+from fusecli.equivalence.judge import judge
 from fusecli.equivalence.run import Sample
+from fusecli.equivalence.subject import Subject
 
 __all__ = ["fuse", "fuse_modules", "load_fused", "verify"]
 
@@ -72,7 +73,10 @@ def fuse_modules(
         raise RefusedError(*(Problem(no.reason, " + ".join(no.group), no.remedy) for no in refused))
     if training := [entry.where for entry in _train_mode(model)]:
         _log.warning("%d modules were in train mode; set to eval: %s", len(training), ", ".join(training))
-    return _applied(model, planned.decisions, rewrites, inplace=inplace)[0]
+    fused, lost = _applied(model, planned.decisions, rewrites, inplace=inplace)
+    for entry in lost:
+        _log.warning("%s: %s %s", entry.where, entry.kind, entry.what)
+    return fused
 
 
 def fuse(
@@ -109,15 +113,15 @@ def fuse(
     try:
         fold = plan_fold(source, model, bound)
     except Refused as no:
-        return replace(before, refused=no.refused, unfused=facts.unfused_norms(modules, (), no.refused))
+        return replace(before, refused=no.refused, unfused=facts.unfused_norms(modules, (), no.refused, bound))
     rewrites, refused = compute_all(tree, fold.decisions)
     if refused:
-        return replace(before, refused=tuple(refused), unfused=facts.unfused_norms(modules, (), refused))
-    unfused = facts.unfused_norms(modules, fold.decisions, ())
+        return replace(before, refused=tuple(refused), unfused=facts.unfused_norms(modules, (), refused, bound))
+    unfused = facts.unfused_norms(modules, fold.decisions)
     if not fold.decisions:
         why = "every group is fused already" if fold.done else "no groups were given"
         return replace(
-            before, status="nothing to fuse", exit_code=ExitCode.NOTHING, unfused=unfused, problems=(why,), model=model
+            before, status="nothing to fuse", exit_code=ExitCode.NOTHING, unfused=unfused, problems=(why,), model=_copy(model)
         )
     for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
         fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
@@ -147,7 +151,7 @@ def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0)
     Neither model is changed. Raises UsageError where `original` does not run on the inputs.
     """
     sample = Sample.of(inputs)
-    names = fused.__dict__.get(GROUPS_ATTRIBUTE)
+    names = ModuleTree(fused).fused_groups
     if not names:
         return judge_foreign(_copy(original), _copy(fused), sample, seed)
     source = Source(_in_memory(original), lambda: copy.deepcopy(original))
@@ -192,9 +196,9 @@ def _applied(
         model = copy.deepcopy(model, dict(shared))
     tree = ModuleTree(model.eval())
     lost = [entry for rewrite in rewrites for entry in apply_rewrite(tree, rewrite)]
-    if decisions and not any(decision.custom for decision in decisions):
-        earlier = model.__dict__.get(GROUPS_ATTRIBUTE, ())
-        model.__dict__[GROUPS_ATTRIBUTE] = (*earlier, *(decision.group.modules for decision in decisions))
+    if decisions:
+        custom = any(decision.custom for decision in decisions)
+        tree.note_groups((decision.group.modules for decision in decisions), custom=custom)
     return model, lost
 
 
@@ -216,6 +220,7 @@ def _with_fuser_func(
         made += zip(group.modules, modules, strict=True)
     for path, module in made:
         tree.replace(path, module)
+    tree.note_groups((), custom=True)
     return model
 
 

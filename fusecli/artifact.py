@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from fusecli import rewrite
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent, load_object
-from fusecli.errors import Problem, UsageError
+from fusecli.errors import FusecliError, Problem, UsageError
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
 
-# Where a fused model keeps the names of its groups, so that `verify` can judge each by itself.
-GROUPS_ATTRIBUTE = "_fusecli_groups"
 _MOST_NAMES = 3
 
 
@@ -45,8 +43,8 @@ def load_into(
         edits = tuple(_with_fuser(edit, model, consent(), folder) for edit in edits)
     replay(model, edits, where)
     load_strictly(model, loaded(artifact), where)
-    if not any(isinstance(edit, Opaque) for edit in edits):
-        model.__dict__[GROUPS_ATTRIBUTE] = tuple(group.modules for group in manifest.groups)
+    custom = any(isinstance(edit, Opaque) for edit in edits)
+    ModuleTree(model).note_groups((group.modules for group in manifest.groups), custom=custom)
     return model.eval()
 
 
@@ -57,6 +55,15 @@ def manifest_of(checkpoint: Checkpoint) -> Manifest:
         fix = "load_state_dict loads a plain checkpoint; 'fusecli fuse' makes an artifact of it"
         raise UsageError(Problem("there is no fusecli manifest in this file", str(checkpoint.path), fix))
     return Manifest.from_json(text, str(checkpoint.path))
+
+
+def artifact_at(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path` if fusecli wrote it."""
+    try:
+        checkpoint = open_checkpoint(path)
+    except FusecliError:
+        return None
+    return checkpoint if rewrite.MANIFEST_KEY in checkpoint.metadata else None
 
 
 def loaded(checkpoint: Checkpoint) -> dict[str, Any]:

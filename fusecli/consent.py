@@ -6,13 +6,12 @@ by FUSECLI_ALLOW_CODE, by `[tool.fusecli] allow-code` of the nearest pyproject.t
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,18 +29,24 @@ ENVIRONMENT = "FUSECLI_ALLOW_CODE"
 
 @dataclass
 class Consent:
-    """What may be imported; `ask` is called once for each new package or file, None: nobody is there to ask."""
+    """What may be imported; `ask` is called once for each new package or file, None: nobody is there to ask.
+
+    words  what was allowed for this one run, by flag or answer: the same command needs them again
+    """
 
     packages: set[str] = field(default_factory=set)
     files: set[Path] = field(default_factory=set)
     ask: Callable[[str], bool] | None = None
+    words: list[str] = field(default_factory=list)
 
     @classmethod
     def gather(cls, flags: Iterable[str] = (), ask: Callable[[str], bool] | None = None) -> Consent:
         """The flags, the environment and the project's own word, together. Paths are relative to the folder
         the command runs in, those of pyproject.toml to its own folder."""
-        consent = cls(ask=ask)
-        consent._add(flags, Path.cwd())
+        consent = cls(ask=ask, words=list(flags))
+        if lost := [word for word in consent.words if _is_file(word) and not Path(word).is_file()]:
+            raise UsageError(*(Problem("there is no such file to allow", word, "check the path") for word in lost))
+        consent._add(consent.words, Path.cwd())
         consent._add(filter(None, re.split(f"[,{os.pathsep}]", os.environ.get(ENVIRONMENT, ""))), Path.cwd())
         project = next((f for f in (p / "pyproject.toml" for p in _upwards(Path.cwd())) if f.is_file()), None)
         if project is not None:
@@ -61,7 +66,8 @@ class Consent:
             return
         name = _shortest(code) if isinstance(code, Path) else code.partition(".")[0]
         if self.ask is not None and self.ask(name):
-            self._add([str(code) if isinstance(code, Path) else name], Path.cwd())
+            self._add([name], Path.cwd())
+            self.words.append(name)
             return
         raise UnsafeError(
             Problem(
@@ -102,13 +108,6 @@ def load_class(name: str, consent: Consent, folder: Path | None = None) -> type:
     return found
 
 
-@contextlib.contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """Inside, what somebody's code prints goes to stderr: stdout carries the report alone."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
 def _import_module(name: str, reference: str, folder: Path) -> Any:
     # A console script does not see the folder it is run in; a project's own package lies there.
     for place in (str(folder), str(Path.cwd())):
@@ -140,8 +139,7 @@ def _import_file(path: Path, reference: str) -> Any:
 
 def _importing(work: Callable[[], Any], reference: str) -> Any:
     try:
-        with quiet_stdout():
-            return work()
+        return work()
     except Exception as error:  # whatever somebody's module does while it is imported
         raise UsageError(
             Problem(

@@ -71,7 +71,7 @@ class NormFacts:
 class Candidate:
     """A layer and a norm that may follow it: a guess from names, order and shapes.
 
-    transposed  True: the channels fit only a transposed convolution; None: they fit either; False: they do not
+    transposed  True: the channels fit a transposed convolution only; None: they fit both; False: they do not
     """
 
     layer: str

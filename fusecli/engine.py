@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import nn
 
+from fusecli.equivalence.compare import TOLERANCE
+from fusecli.equivalence.probe import changed_shape, probe
 from fusecli.errors import NotFoldable, Problem, UsageError, require
-from fusecli.graph.kinds import FOLDABLE, is_exact, kind_of, without_statistics
+from fusecli.graph.kinds import FOLDABLE, is_exact, is_norm, kind_of, without_statistics
 from fusecli.graph.materialise import with_tensors
 from fusecli.outcome import LedgerEntry, Refusal
-from fusecli.rewrite import Identity, ModuleTree, Opaque, Rewrite, apply_rewrite
+from fusecli.rewrite import ModuleTree, Opaque, Rewrite, apply_rewrite
 from fusecli.rules import all_rules
 from fusecli.rules._member import Member
-from fusecli.equivalence.compare import TOLERANCE
-from fusecli.equivalence.probe import probe
 
 Modules = Mapping[str, nn.Module]
 
@@ -37,7 +37,7 @@ class Group:
 
 @dataclass(frozen=True)
 class CustomFuser:
-    """A user's function for one exact sequence of classes, called as torch.ao calls it: (is_qat, *modules)."""
+    """A user's function for one exact sequence of classes, called as (is_qat, *modules), as by torch.ao."""
 
     sequence: tuple[type, ...]
     name: str
@@ -53,6 +53,11 @@ class Vocabulary:
 
     def kind(self, module: nn.Module) -> str:
         return kind_of(module, self.treat.get(type(module)))
+
+    def fuser(self, modules: Sequence[nn.Module]) -> CustomFuser | None:
+        """The user's fuser for exactly these classes; it goes before any rule."""
+        types = tuple(type(module) for module in modules)
+        return next((custom for custom in self.fusers if custom.sequence == types), None)
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,17 @@ def plan(tree: ModuleTree, groups: Iterable[Group], vocabulary: Vocabulary | Non
     """
     vocabulary = vocabulary or Vocabulary()
     uses = _Uses(tree)
+    earlier = set(tree.fused_groups)
     decisions: list[Decision] = []
     refused: list[Refusal] = []
     done: list[Group] = []
     slips: list[Problem] = []
     for group in groups:
         modules = [tree[path] for path in group.modules]
-        if _is_fused(modules):
+        kinds = [vocabulary.kind(module) for module in modules]
+        if _is_fused(modules) or (group.modules in earlier and not any(map(is_norm, modules))):
             done.append(group)
-        elif slip := _wrong_order(group, [vocabulary.kind(module) for module in modules]):
+        elif not vocabulary.fuser(modules) and (slip := _wrong_order(group, kinds)):
             slips.append(slip)
         else:
             try:
@@ -109,10 +116,12 @@ def plan(tree: ModuleTree, groups: Iterable[Group], vocabulary: Vocabulary | Non
 def compute(decision: Decision, modules: Modules) -> Rewrite:
     """The rewrite of one group from its modules' tensors; raises NotFoldable.
 
-    Classes whose forward is not known are proven by a float64 probe first.
+    Classes whose forward is not known are proven by a float64 probe first. What a custom fuser computes is
+    its own affair until the verifier looks at it.
     """
     rewrite = decision.rewrite(modules)
-    if rewrite.tensors and not all(is_exact(modules[path]) for path in decision.members):
+    known = decision.custom or all(is_exact(modules[path]) for path in decision.members)
+    if rewrite.tensors and not known:
         _prove(decision, modules)
     return rewrite
 
@@ -149,7 +158,10 @@ class _Uses:
         self._modules = Counter(id(module) for module in tree.modules.values())
         owners = {id(module): module for module in tree.modules.values()}
         self._parameters = Counter(
-            id(parameter) for module in owners.values() for parameter in module._parameters.values() if parameter is not None
+            id(parameter)
+            for module in owners.values()
+            for parameter in module._parameters.values()
+            if parameter is not None
         )
 
     def require_single(self, path: str, module: nn.Module) -> None:
@@ -169,13 +181,11 @@ class _Uses:
 
 
 def _decide(group: Group, modules: list[nn.Module], vocabulary: Vocabulary, uses: _Uses) -> Decision:
-    types = tuple(type(module) for module in modules)
     for path, module in zip(group.modules, modules, strict=True):
         if vocabulary.kind(module) in FOLDABLE:
             uses.require_single(path, module)
-    for custom in vocabulary.fusers:
-        if custom.sequence == types:
-            return Decision(group, custom.name, _opaque(custom, group.modules), group.modules, custom=True)
+    if custom := vocabulary.fuser(modules):
+        return Decision(group, custom.name, _opaque(custom, group.modules), group.modules, custom=True)
     members = [
         (path, module, vocabulary.kind(module)) for path, module in zip(group.modules, modules, strict=True)
     ]
@@ -207,7 +217,9 @@ def _decide(group: Group, modules: list[nn.Module], vocabulary: Vocabulary, uses
 def _refuse_sequence(members: list[tuple[str, nn.Module, str]]) -> None:
     for _, module, kind in members:
         missing = without_statistics(module) if kind in ("batch_dependent", "norm") else None
-        require(missing is None, *(missing or ("", "")), remedy="leave it out of the spec: it cannot be folded")
+        require(
+            missing is None, *(missing or ("", "")), remedy="leave it out of the spec: it cannot be folded"
+        )
     sequence = " -> ".join(type(module).__name__ for _, module, _ in members)
     require(
         False,
@@ -254,7 +266,7 @@ def _prove(decision: Decision, modules: Modules) -> None:
     require(
         difference.error <= TOLERANCE,
         code,
-        f"a float64 probe disproves the fold: {', '.join(strangers)} computes something else than its base class",
+        f"a float64 probe disproves the fold: {', '.join(strangers)} computes something else than its base",
         evidence=(f"relative error {difference.error:.1e} {difference.why}".strip(),),
         remedy=remedy,
     )
@@ -265,6 +277,8 @@ def _opaque(custom: CustomFuser, members: tuple[str, ...]) -> Callable[[Modules]
         # The fuser works on copies: it may change its arguments, and another group may still be refused.
         copies = [with_tensors(modules[path], lambda _, old: old.clone()) for path in members]
         result = call_fuser(custom, copies)
+        wrong = changed_shape([modules[path] for path in members], result)
+        require(not wrong, "fuser-error", f"what fuser {custom.name} returned {wrong}")
         tensors = {f"{members[0]}.{name}": tensor for name, tensor in result.state_dict().items()}
         return Rewrite(tensors, (Opaque(members[0], members, custom.name, result),))
 

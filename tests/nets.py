@@ -69,7 +69,9 @@ class SamePadConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         margins: list[int] = []
-        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+        for size, kernel, stride in zip(
+            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
+        ):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             margins += [total // 2, total - total // 2]
         return F.conv2d(F.pad(x, margins), self.weight, self.bias, self.stride)
@@ -136,7 +138,8 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, mean, var = (
-            getattr(self, name).reshape(1, -1, 1, 1) for name in ("weight", "bias", "running_mean", "running_var")
+            getattr(self, name).reshape(1, -1, 1, 1)
+            for name in ("weight", "bias", "running_mean", "running_var")
         )
         scale = weight * (var + self.eps).rsqrt()
         return x * scale + (bias - mean * scale)

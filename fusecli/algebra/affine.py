@@ -34,7 +34,8 @@ class ChannelAffine:
         # A value carries no autograd history: gamma is usually a Parameter.
         object.__setattr__(self, "scale", self.scale.detach())
         object.__setattr__(self, "shift", self.shift.detach())
-        _require_finite(torch.stack((self.scale, self.shift)), ("scale", "shift"))
+        if not self.scale.is_meta:
+            _require_finite(torch.stack((self.scale, self.shift)), ("scale", "shift"))
 
     @property
     def channels(self) -> int:
@@ -69,6 +70,8 @@ def batch_norm(
         "shape",
         f"the statistics are no vectors of one length: {[list(tensor.shape) for tensor in given]}",
     )
+    if mean.is_meta:
+        return ChannelAffine(*torch.empty(2, *mean.shape, dtype=torch.float64, device="meta"))
     rows = torch.stack(given).double()
     _require_finite(rows, ("running_mean", "running_var", "weight", "bias"))
     mean, var, gamma, beta = rows
@@ -80,7 +83,7 @@ def batch_norm(
 def _require_finite(rows: Tensor, names: tuple[str, ...]) -> None:
     """Guard: rows [len(names), c] hold neither NaN nor Inf."""
     finite = torch.isfinite(rows)
-    if rows.is_meta or bool(finite.all()):
+    if bool(finite.all()):
         return
     channel, row = (~finite).T.nonzero()[0].tolist()
     value = rows[row, channel].item()
@@ -89,8 +92,6 @@ def _require_finite(rows: Tensor, names: tuple[str, ...]) -> None:
 
 def _require_variance(var: Tensor, eps: float) -> None:
     require(math.isfinite(eps) and eps >= 0, "bad-statistics", f"eps is {eps}")
-    if var.is_meta:
-        return
     usable = (var >= 0) & (var + eps > 0)
     if bool(usable.all()):
         return

@@ -28,5 +28,5 @@ def fold_output(op: LinearOp, f: ChannelAffine, dtype: torch.dtype = torch.float
         f"the layer has {op.out_channels} output channels, the affine map after it {f.channels}",
     )
     per_output = f.scale.view(*op.weight.shape[:2], *[1] * (1 + op.rank))
-    bias = f.shift if op.bias is None else f.scale * op.bias.double() + f.shift
+    bias = f.shift if op.bias is None or op.weight.is_meta else f.scale * op.bias.double() + f.shift
     return LinearOp(scaled(op.weight, per_output, dtype), round_once(bias, dtype), op.geometry)

@@ -30,7 +30,7 @@ def map_safetensors(path: Path) -> Mapped:
         # Copy-on-write: torch asks for writable memory, and a stray write must not reach the file.
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {
-        name: StoredTensor(name, entry.dtype, entry.shape, partial(_view, view, entry))
+        name: StoredTensor(name, entry.dtype, entry.shape, partial(_view, view, entry), partial(_drop, view, entry))
         for name, entry in header.entries.items()
     }
     return Mapped(tensors, header.metadata, (path,))
@@ -46,6 +46,14 @@ def _view(view: mmap.mmap, entry: Entry) -> torch.Tensor:
     # Old writers did not pad the header: such tensors lie askew, and kernels need them aligned.
     raw = torch.frombuffer(view, dtype=torch.uint8, count=entry.stop - entry.start, offset=entry.start)
     return raw.clone().view(entry.dtype).reshape(entry.shape)
+
+
+def _drop(view: mmap.mmap, entry: Entry) -> None:
+    """Lets the tensor's pages go: without it a whole checkpoint would stay in memory once it was read."""
+    first = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = entry.stop - first
+    if length > 0 and hasattr(view, "madvise"):
+        view.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def map_shards(path: Path) -> Mapped:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +66,12 @@ class Checkpoint:
     def sha256(self) -> str:
         """The file's hex sha256; of a sharded checkpoint the sha256 of the digests of index and shards."""
         return self._digest
+
+    @contextmanager
+    def hashing(self) -> Iterator[Callable[[], str]]:
+        """Takes the digest on another core while the block works; yields how to wait for it."""
+        with ThreadPoolExecutor(1) as pool:
+            yield pool.submit(self.sha256).result
 
     def close(self) -> None:
         """Forgets the tensors. Those loaded before stay valid; the file is unmapped with the last of them."""

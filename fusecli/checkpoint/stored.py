@@ -22,6 +22,7 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    forget: Callable[[], None] = lambda: None
 
     @property
     def nbytes(self) -> int:
@@ -34,6 +35,10 @@ class StoredTensor:
         tied names and later calls of `load` share this memory.
         """
         return self.read()
+
+    def release(self) -> None:
+        """Gives back the memory that reading a mapped tensor took; it may be loaded again."""
+        self.forget()
 
 
 def store(name: str, tensor: torch.Tensor, path: Path) -> StoredTensor:

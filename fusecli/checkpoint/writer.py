@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,24 +33,33 @@ _CHUNK = 1 << 30  # some systems refuse larger single writes
 
 
 def write_safetensors(
-    path: Path, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping[str, str]
+    path: Path,
+    layout: Layout,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str],
+    final: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
-    """Writes the header, then every tensor at its own offset, in whatever order they come.
+    """Writes every tensor at its own offset, in whatever order they come, then the header.
 
+    `final` gives the metadata that is written, of the same length, once all tensors have come.
     Raises ValueError if the tensors are not exactly those of the layout (a bug of the caller), UsageError
     for what the format cannot hold, OSError from the disk.
     """
     header, offsets = _encode_header(path, layout, metadata)
     pending = dict(offsets)
     with path.open("wb", buffering=0) as file:
-        _write_at(file.fileno(), memoryview(header), 0)
         for name, tensor in tensors:
             promised, found = layout.get(name), (tensor.dtype, tuple(tensor.shape))
             if name not in pending or promised != found:
                 raise ValueError(f"tensor '{name}': {found} arrived, the layout has {promised}")
             _write_tensor(file.fileno(), tensor, pending.pop(name))
-    if pending:
-        raise ValueError(f"tensors never arrived: {sorted(pending)}")
+        if pending:
+            raise ValueError(f"tensors never arrived: {sorted(pending)}")
+        if final is not None:
+            promised, (header, _) = len(header), _encode_header(path, layout, final())
+            if len(header) != promised:
+                raise ValueError("the final metadata is not as long as promised")
+        _write_at(file.fileno(), memoryview(header), 0)
 
 
 def _encode_header(path: Path, layout: Layout, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

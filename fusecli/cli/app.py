@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from importlib.metadata import version
@@ -15,10 +14,11 @@ from fusecli.cli import fuse, inspect, rules, schema, verify
 from fusecli.cli.screen import print_bug, print_problems
 from fusecli.errors import ExitCode, FusecliError
 
-EXIT_CODES = """
-Exit codes: 0 fused, verified, written · 1 outputs differ · 2 usage or spec error · 3 unsafe or unreadable input ·
-4 a requested fusion is unsound or unsupported · 5 nothing to fuse · 6 verification inconclusive · 70 a bug in fusecli
-"""
+EXIT_CODES = (  # one line: typer keeps the line breaks, the terminal adds its own
+    "Exit codes: 0 fused, verified, written; 1 outputs differ; 2 usage or spec error; 3 unsafe or unreadable "
+    "input; 4 a requested fusion is unsound or unsupported; 5 nothing to fuse; 6 verification inconclusive; "
+    "70 a bug in fusecli."
+)
 
 app = typer.Typer(
     name="fusecli",
@@ -59,13 +59,6 @@ def main() -> None:
             traceback.print_exc()
         print_problems(error, errors)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # Whoever read our stdout has gone; the interpreter must not complain while it closes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.BUG)
-    except KeyboardInterrupt:
-        errors.print("interrupted; nothing was written", style="yellow")
-        sys.exit(130)
     except Exception:
         print_bug(errors, debug)
         sys.exit(ExitCode.BUG)

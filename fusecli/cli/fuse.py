@@ -9,8 +9,8 @@ from typing import Annotated, Literal, Optional
 import typer
 
 from fusecli.cli import options
-from fusecli.cli.reports import Reports, finish
-from fusecli.cli.screen import asker, progress
+from fusecli.cli.reports import Failed, Reports, finish
+from fusecli.cli.screen import dialogue
 from fusecli.outcome import Outcome
 
 
@@ -42,7 +42,7 @@ def fuse(
 
     Nothing is written unless the proof succeeds: fusecli fuse model.pt --spec fuse.yaml
     """
-    reports = Reports.parse(report or [], quiet, [checkpoint, spec])
+    reports = Reports.parse(report or [], quiet, [checkpoint, spec, output])
 
     def work() -> Outcome:
         from fusecli.spec import read_spec
@@ -56,7 +56,7 @@ def fuse(
             request = FuseRequest(
                 checkpoint, parsed, output, fmt, force, dry_run, strict, allow_pickle, seed, samples
             )
-            with progress(quiet) as tick:
-                return fuse_file(request, Consent.gather(allow_code or [], asker()), tick)
+            with dialogue(quiet) as person:
+                return fuse_file(request, Consent.gather(allow_code or [], person.asker), person.tick)
 
-    finish("fuse", reports, work)
+    finish(Failed("fuse", checkpoint, spec), reports, work)

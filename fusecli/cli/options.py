@@ -29,7 +29,7 @@ AllowPickle = Annotated[
 ]
 Seed = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(help="Seed of the random inputs, instead of the spec's.", min=0, rich_help_panel=_PROOF),
+    typer.Option(help="Seed of the random inputs, instead of the spec's.", min=0, max=2**63 - 1, rich_help_panel=_PROOF),
 ]
 Samples = Annotated[
     Optional[int],  # noqa: UP045

@@ -6,18 +6,21 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
+from fusecli.cli.screen import Terminal, print_reasons, reader_may_leave
 from fusecli.errors import ExitCode, FusecliError, Problem, UsageError
-from fusecli.outcome import Outcome
+from fusecli.outcome import FileFacts, Outcome
 from fusecli.report import as_json, as_markdown, print_terminal
 
 _FORMATS: dict[str, Callable[[Outcome], str]] = {"json": as_json, "md": as_markdown}
 _STDOUT = "-"
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -28,57 +31,110 @@ class Reports:
     quiet: bool
 
     @classmethod
-    def parse(cls, words: Sequence[str], quiet: bool, inputs: Sequence[Path | None]) -> Reports:
-        """Raises UsageError for a word that is no FORMAT=PATH, and for a path that is an input."""
-        wanted = []
+    def parse(cls, words: Sequence[str], quiet: bool, files: Sequence[Path | None]) -> Reports:
+        """Raises UsageError for what could only fail after the work: a word that is no FORMAT=PATH, a path
+        that cannot be written or that is one of the command's own `files`."""
+        wanted: list[tuple[str, str]] = []
         for word in words:
             fmt, _, path = word.partition("=")
             if fmt not in _FORMATS or not path:
                 fix = "write json=PATH or md=PATH; '-' as PATH is stdout"
                 raise UsageError(Problem(f"'{word}' is no report", "--report", fix))
-            for source in filter(None, inputs):
-                if path != _STDOUT and Path(path).exists() and source.exists() and Path(path).samefile(source):
-                    raise UsageError(Problem("a report cannot replace an input", path, "choose another path"))
+            if path != _STDOUT:
+                _check(Path(path), [file for file in files if file is not None])
+            if path in (taken for _, taken in wanted):
+                place = "stdout" if path == _STDOUT else f"'{path}'"
+                raise UsageError(Problem(f"only one report can go to {place}", "--report", "give the others a path"))
             wanted.append((fmt, path))
-        if sum(path == _STDOUT for _, path in wanted) > 1:
-            raise UsageError(Problem("only one report can go to stdout", "--report", "give the others a path"))
         return cls(tuple(wanted), quiet)
 
     def deliver(self, outcome: Outcome) -> None:
         """Prints and writes the outcome in every rendering."""
+        self.write(outcome)
+        if self.quiet:
+            print_reasons(outcome, Console(stderr=True))
+            return
+        # stdout carries the one report that was asked for; the terminal's own then goes to stderr.
         taken = any(path == _STDOUT for _, path in self.wanted)
-        for fmt, path in self.wanted:
+        with reader_may_leave():
+            print_terminal(outcome, Terminal(stderr=taken))
+
+    def write(self, outcome: Outcome) -> None:
+        """Every --report; the files first, since whoever reads stdout may leave."""
+        for fmt, path in sorted(self.wanted, key=lambda report: report[1] == _STDOUT):
             text = _FORMATS[fmt](outcome)
             if path == _STDOUT:
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                with reader_may_leave():
+                    sys.stdout.write(text)
             else:
-                _write(Path(path), text)
-        if not self.quiet:
-            # stdout carries the one report that was asked for; the terminal's own then goes to stderr.
-            print_terminal(outcome, Console(stderr=taken))
+                _write(Path(path), text, outcome)
 
 
-def finish(command: str, reports: Reports, work: Callable[[], Outcome]) -> None:
-    """Does the work, delivers its outcome, and exits with its code; errors are reported too."""
+@dataclass(frozen=True)
+class Failed:
+    """What is known of a command when an error ends it."""
+
+    command: str
+    checkpoint: Path
+    spec: Path | None
+
+    def outcome(self, code: ExitCode, problems: Sequence[object]) -> Outcome:
+        return Outcome(
+            self.command,
+            "error",
+            code,
+            input=FileFacts(str(self.checkpoint)),
+            spec=FileFacts(str(self.spec), "yaml") if self.spec else None,
+            problems=tuple(map(str, problems)),
+        )
+
+
+def finish(failed: Failed, reports: Reports, work: Callable[[], Outcome]) -> None:
+    """Does the work, delivers its outcome, and exits with its code; errors are reported too.
+
+    What somebody's model prints meanwhile goes to stderr: stdout carries the report alone.
+    """
     try:
-        outcome = work()
+        with redirect_stdout(sys.stderr):
+            outcome = work()
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; nothing was written", style="yellow")
+        raise typer.Exit(INTERRUPTED) from None
     except FusecliError as error:
-        failed = Outcome(command, "error", error.exit_code, problems=tuple(str(p) for p in error.problems))
-        Reports(reports.wanted, quiet=True).deliver(failed)
+        reports.write(failed.outcome(error.exit_code, error.problems))
+        raise
+    except Exception as error:  # a bug: a program that waits for the report learns of it
+        reports.write(failed.outcome(ExitCode.BUG, [f"{type(error).__name__}: {error}"]))
         raise
     reports.deliver(outcome)
     if outcome.exit_code is not ExitCode.OK:
         raise typer.Exit(int(outcome.exit_code))
 
 
-def _write(path: Path, text: str) -> None:
+def _check(path: Path, files: Sequence[Path]) -> None:
+    for file in files:
+        if path.resolve() == file.resolve() or (path.exists() and file.exists() and path.samefile(file)):
+            what = "a report cannot replace a file of the command itself"
+            raise UsageError(Problem(what, str(path), "choose another path"))
+    if path.is_dir():
+        raise UsageError(Problem("the report's path is a folder", str(path), "give a file name inside it"))
+    if not path.parent.is_dir():
+        raise UsageError(Problem(f"the folder '{path.parent}' does not exist", str(path), "create it first"))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _unwritable(path, "permission denied")
+
+
+def _write(path: Path, text: str, outcome: Outcome) -> None:
+    if outcome.output is not None and path.resolve() == Path(outcome.output.path).resolve():
+        raise UsageError(Problem("a report cannot replace the artifact", str(path), "choose another path"))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UsageError(
-            Problem(f"the report cannot be written ({error.strerror})", str(path), "choose another path")
-        ) from error
+        raise _unwritable(path, error.strerror or str(error)) from error
+
+
+def _unwritable(path: Path, reason: str) -> UsageError:
+    return UsageError(Problem(f"the report cannot be written ({reason})", str(path), "choose another path"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from typing import Annotated, Optional
 
@@ -30,5 +31,16 @@ def rules(
         near = get_close_matches(name, folder.names(), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "'fusecli rules' lists all"
         raise UsageError(Problem(f"rule '{name}' is unknown", "", hint))
+    summary, _, sections = folder.describe(name).partition("\n\n")
     console.print(Text(name, "bold cyan"))
-    console.print(Text(folder.describe(name)), soft_wrap=True)
+    console.print(Text(summary), end="\n\n")
+    page = Table.grid(padding=(0, 3, 0, 0))
+    for label, text in _sections(sections):
+        page.add_row(Text(label, "bold", no_wrap=True), Text(text))
+    console.print(page)
+
+
+def _sections(text: str) -> list[tuple[str, str]]:
+    """(label, text) of a docstring's lines `Label   text`, which go on in indented lines."""
+    found = re.findall(r"^(\S.*?)\s{2,}(.+(?:\n\s+.+)*)", text, re.MULTILINE)
+    return [(label, " ".join(words.split())) for label, words in found]

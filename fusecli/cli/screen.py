@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 
 from rich.console import Console
+from rich.status import Status
 from rich.text import Text
 
-from fusecli.errors import FusecliError
+from fusecli.errors import ExitCode, FusecliError
+from fusecli.outcome import Outcome
 from fusecli.report import visible
 
 ISSUES = "the issue tracker of fusecli"
@@ -24,9 +28,19 @@ def print_problems(error: FusecliError, console: Console) -> None:
         if problem.where:
             line.append(f"{visible(problem.where)}: ", "bold")
         line.append(visible(problem.what))
-        console.print(line, soft_wrap=True)
+        _print(console, line)
         if problem.fix:
-            console.print(Text.assemble(("  fix", "cyan"), f": {visible(problem.fix)}"), soft_wrap=True)
+            _print(console, Text.assemble(("  fix", "cyan"), f": {visible(problem.fix)}"))
+
+
+def print_reasons(outcome: Outcome, console: Console) -> None:
+    """Why the work did not succeed, a line each: all that --quiet lets through."""
+    if outcome.exit_code is ExitCode.OK:
+        return
+    refused = [f"{' + '.join(no.group)}: {no.code}: {no.reason}" for no in outcome.refused]
+    doubts = outcome.verification.reasons if outcome.verification is not None else ()
+    for reason in (*outcome.problems, *refused, *doubts):
+        _print(console, Text.assemble((outcome.status, "bold red"), f": {visible(reason)}"))
 
 
 def print_bug(console: Console, debug: bool) -> None:
@@ -35,31 +49,67 @@ def print_bug(console: Console, debug: bool) -> None:
         traceback.print_exc()
     error = sys.exc_info()[1]
     summary = visible(f"{type(error).__name__}: {error}")
-    console.print(Text.assemble(("internal error", "bold red"), f": {summary}"), soft_wrap=True)
+    _print(console, Text.assemble(("internal error", "bold red"), f": {summary}"))
     advice = f"This is a bug in fusecli {version('fusecli')}. Please report it to {ISSUES}"
-    console.print(Text(f"{advice}, with the output of the same command and --debug."), soft_wrap=True)
+    _print(console, Text(f"{advice}, with the output of the same command and --debug."))
+
+
+def _print(console: Console, line: Text) -> None:
+    """Wrapped between words for a reader; in a pipe or a log a message stays one line."""
+    console.print(line, soft_wrap=not console.is_terminal)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A line that says what is being done, and questions, for which that line makes room."""
+
+    console: Console
+    status: Status | None
+
+    def tick(self, step: str) -> None:
+        if self.status is not None:
+            self.status.update(Text(visible(step)))
+
+    @property
+    def asker(self) -> Callable[[str], bool] | None:
+        """Asks about code that nobody has allowed yet; None where nobody is there to answer."""
+        return self._ask if sys.stdin.isatty() and self.console.is_terminal else None
+
+    def _ask(self, code: str) -> bool:
+        if self.status is not None:
+            self.status.stop()
+        self.console.print(Text(f"The spec names Python code of {visible(code)}. To run it is to trust it."))
+        self.console.print(Text("Run it? [y/N] "), end="")
+        answer = sys.stdin.readline().strip().lower() in ("y", "yes")
+        if self.status is not None:
+            self.status.start()
+        return answer
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done, on a terminal only."""
+def dialogue(quiet: bool) -> Iterator[Dialogue]:
+    """What a command says while it works: nothing unless on a terminal, and if quiet only its questions."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield lambda _: None
+        yield Dialogue(console, None)
         return
     with console.status("starting") as status:
-        yield lambda step: status.update(Text(visible(step)))
+        yield Dialogue(console, status)
 
 
-def asker() -> Callable[[str], bool] | None:
-    """A question about code that nobody has allowed yet; None where nobody is there to answer."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return None
+class Terminal(Console):
+    """A console that leaves it to the caller what a reader who has gone means: rich exits with code 1."""
 
-    def ask(code: str) -> bool:
-        console = Console(stderr=True)
-        console.print(Text(f"The spec names Python code of {visible(code)}. Running it means trusting it."))
-        console.print(Text("Run it? [y/N] "), end="")
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
-    return ask
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Inside, whoever reads our stdout may close it (`| head`): that changes nothing of the work."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter must not complain while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

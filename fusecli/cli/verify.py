@@ -9,8 +9,8 @@ from typing import Annotated, Optional
 import typer
 
 from fusecli.cli import options
-from fusecli.cli.reports import Reports, finish
-from fusecli.cli.screen import asker, progress
+from fusecli.cli.reports import Failed, Reports, finish
+from fusecli.cli.screen import dialogue
 from fusecli.outcome import Outcome
 
 
@@ -46,7 +46,7 @@ def verify(
             from fusecli.jobs.verify import VerifyRequest, verify_file
 
             request = VerifyRequest(checkpoint, fused, parsed, strict, allow_pickle, seed, samples)
-            with progress(quiet) as tick:
-                return verify_file(request, Consent.gather(allow_code or [], asker()), tick)
+            with dialogue(quiet) as person:
+                return verify_file(request, Consent.gather(allow_code or [], person.asker), person.tick)
 
-    finish("verify", reports, work)
+    finish(Failed("verify", checkpoint, spec), reports, work)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fusecli.graph.materialise import in_float64, probe_input, with_tensors
-from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, plant
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.probe import chain
 from fusecli.equivalence.run import Sample
 from fusecli.equivalence.stored import holds_fold
+from fusecli.graph.materialise import in_float64, probe_input, with_tensors
+from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, plant
 
 Modules = Mapping[str, nn.Module]
 
@@ -38,7 +38,9 @@ def judge_alone(
     ]
     after = _applied(exact, exact_rewrite)
     if wrong:
-        return GroupCheck(tuple(original), after, after, trouble="its stored tensors do not hold the fold"), wrong
+        return GroupCheck(
+            tuple(original), after, after, trouble="its stored tensors do not hold the fold"
+        ), wrong
     plain = {path: with_tensors(module, lambda _, old: old) for path, module in original.items()}
     fused = _applied(plain, Rewrite(stored, exact_rewrite.edits))
     check = GroupCheck(tuple(original), after, fused)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 TOLERANCE = 1e-9  # right folds stay below 6e-12 in float64, wrong ones start at 4e-5: the line is between
+# What float64 leaves where numbers of order one cancel: two such outputs are zero but for rounding, so equal.
+_RESIDUE = 2.0**-40
+
+
+_PLAIN = (bool, int, str, bytes, range, set, frozenset, Enum, torch.dtype, torch.device)
 
 
 class Incomparable(Exception):
@@ -22,11 +28,15 @@ class Difference:
     """error: the largest max|a-b| / max|a| of all floating leaves; inf where structure, ints or NaNs differ.
 
     `where` is the path of the worst leaf, `why` says what is wrong where it is no matter of numbers.
+    floating   the leaf is a floating tensor on both sides
+    undefined  the original itself is NaN there, so that no output would be equal to it
     """
 
     error: float = 0.0
     where: str = ""
     why: str = ""
+    floating: bool = False
+    undefined: bool = False
 
     def worse(self, other: Difference) -> Difference:
         return other if other.error > self.error or (other.why and not self.why) else self
@@ -35,9 +45,21 @@ class Difference:
 def compare(a: Any, b: Any) -> Difference:
     """The difference of `b` from `a`; raises Incomparable."""
     worst = Difference()
-    for difference in _leaves(a, b, "output"):
-        worst = worst.worse(difference)
+    try:
+        for difference in _leaves(a, b, "output"):
+            worst = worst.worse(difference)
+    except RecursionError:
+        raise Incomparable("output holds itself, which cannot be compared") from None
     return worst
+
+
+def floating_error(a: Any, b: Any) -> float | None:
+    """The largest error of the floating leaves; None where there are none.
+
+    For runs in a stored dtype: there rounding may turn an argmax or the length of a list, which says nothing
+    of its size.
+    """
+    return max((leaf.error for leaf in _leaves(a, b, "output") if leaf.floating), default=None)
 
 
 def _leaves(a: Any, b: Any, at: str) -> Iterator[Difference]:
@@ -61,11 +83,14 @@ def _leaves(a: Any, b: Any, at: str) -> Iterator[Difference]:
         for i, (left, right) in enumerate(zip(a, b, strict=False)):
             yield from _leaves(left, right, f"{at}[{i}]")
     elif isinstance(a, float | complex):
-        yield _tensors(torch.tensor(a), torch.tensor(b), at)
-    elif a is None or isinstance(a, bool | int | str | bytes):
+        dtype = torch.float64 if isinstance(a, float) else torch.complex128
+        yield _tensors(torch.tensor(a, dtype=dtype), torch.tensor(b, dtype=dtype), at)
+    elif a is None or isinstance(a, _PLAIN):
         if a != b:
             yield _unequal(at, f"{a!r} became {b!r}")
-    elif hasattr(a, "__dict__"):
+    elif hasattr(a, "__array__"):
+        yield _tensors(torch.as_tensor(a), torch.as_tensor(b), at)
+    elif getattr(a, "__dict__", None) and not isinstance(a, type):
         yield from _leaves(vars(a), vars(b), at)
     else:
         raise Incomparable(f"{at} is a {type(a).__name__}, which cannot be compared")
@@ -74,22 +99,39 @@ def _leaves(a: Any, b: Any, at: str) -> Iterator[Difference]:
 def _tensors(a: Tensor, b: Tensor, at: str) -> Difference:
     if a.shape != b.shape:
         return _unequal(at, f"shape {list(a.shape)} became {list(b.shape)}")
-    if not (a.is_floating_point() or a.is_complex()):
+    if _kind(a) != _kind(b):
+        return _unequal(at, f"{a.dtype} became {b.dtype}")
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        a, b = a.to_dense(), b.to_dense()
+    if not _kind(a):
         unequal = int((a != b).sum())
         return _unequal(at, f"{unequal} of {a.numel()} integers differ") if unequal else Difference(0.0, at)
     if a.isnan().any() or b.isnan().any():
-        return _unequal(at, "NaN, which equals nothing")
+        undefined = bool(a.isnan().any())
+        return Difference(math.inf, at, "NaN, which equals nothing", floating=True, undefined=undefined)
     finite = a.isfinite()
     if not torch.equal(a[~finite], b[~finite].to(a.dtype)):
-        return _unequal(at, "infinities differ")
-    a, b = a[finite].to(torch.promote_types(a.dtype, torch.float64)), b[finite]
-    if a.numel() == 0:
-        return Difference(0.0, at)
-    largest, gap = float(a.abs().max()), float((a - b).abs().max())
+        return Difference(math.inf, at, "infinities differ", floating=True)
+    return _finite(a[finite], b[finite], at)
+
+
+def _finite(a: Tensor, b: Tensor, at: str) -> Difference:
+    """a holds finite numbers only."""
+    a = a.to(torch.promote_types(a.dtype, torch.float64))
+    gap = float((a - b).abs().max()) if a.numel() else 0.0
     if gap == 0.0:
-        return Difference(0.0, at)
+        return Difference(0.0, at, floating=True)
+    largest = float(a.abs().max())
+    if max(largest, float(b.abs().max())) <= _RESIDUE:
+        return Difference(0.0, at, floating=True)
     error = gap / largest if largest else math.inf
-    return Difference(error, at, "" if math.isfinite(error) else "zeros became other numbers or infinities")
+    why = "" if math.isfinite(error) else "zeros became other numbers, or finite numbers infinities"
+    return Difference(error, at, why, floating=True)
+
+
+def _kind(tensor: Tensor) -> str:
+    """Twins differ in precision by intent; an integer that becomes a float is another matter."""
+    return "floating" if tensor.is_floating_point() else "complex" if tensor.is_complex() else ""
 
 
 def _unequal(at: str, why: str) -> Difference:

@@ -1,4 +1,4 @@
-"""Is one group still the same function? Judged on what really flows into its first and out of its last member."""
+"""Is one group still the same function? Judged on what really flows into its first and out of its last."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusecli.outcome import Judgement
-from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
+from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare, floating_error
+from fusecli.equivalence.noise import dtype_of, tolerance
 from fusecli.equivalence.run import Sample, cast, float64_arithmetic
+from fusecli.outcome import Judgement
 
 Observer = Callable[[int, Sample, Any], None]
 _PERTURBATION = 0.01
@@ -36,13 +37,18 @@ class GroupCheck:
     drift: float | None = None
     noise_floor: float | None = None
     trouble: str = ""
+    undefined: bool = False
     _perturbed: list[nn.Module] = field(default_factory=list, repr=False)
 
     def semantic(self, inputs: Sample, observed: Any) -> None:
         """Float64: the fused group on the input of the first member, against the output of the last."""
         self.calls += 1
         with float64_arithmetic():
-            self.difference = self.difference.worse(_against(observed, self.exact, inputs))
+            difference = _against(observed, self.exact, inputs)
+            if difference.undefined:
+                self.undefined = True
+                return
+            self.difference = self.difference.worse(difference)
             if self.noticed <= TOLERANCE:
                 self.noticed = max(self.noticed, _against(observed, self._noisy(), inputs).error)
 
@@ -50,27 +56,37 @@ class GroupCheck:
         """Stored dtype: the errors of both groups against float64 on the very same input."""
         with float64_arithmetic():
             reference = _chain(self.exact, inputs.copy(torch.float64))
-        noise, drift = compare(reference, observed).error, _against(reference, self.fused, inputs).error
-        self.noise_floor = max(self.noise_floor or 0.0, noise)
+        noise, drift = floating_error(reference, observed), _against(reference, self.fused, inputs).error
+        self.noise_floor = max(self.noise_floor or 0.0, noise or 0.0)
         self.drift = max(self.drift or 0.0, drift)
 
     @property
+    def differs(self) -> bool:
+        return bool(self.trouble) or self.difference.error > self.tolerance
+
+    @property
+    def tolerance(self) -> float:
+        return tolerance(self.noise_floor, dtype_of(self.fused))
+
+    @property
     def judgement(self) -> Judgement:
-        if self.difference.error > TOLERANCE or self.trouble:
+        if self.differs:
             return Judgement.DIFFERENT
-        return Judgement.EQUIVALENT if self.calls and self.noticed > TOLERANCE else Judgement.INCONCLUSIVE
+        return Judgement.INCONCLUSIVE if self.why else Judgement.EQUIVALENT
 
     @property
     def why(self) -> str:
         """One sentence where the judgement is not `equivalent`."""
         if self.trouble:
             return self.trouble
-        if self.difference.error > TOLERANCE:
+        if self.differs:
             number = f"relative error {self.difference.error:.1e} in float64"
             return self.difference.why or number
         if not self.calls:
             return "the inputs never executed it"
-        if self.noticed <= TOLERANCE:
+        if self.undefined:
+            return "it returns NaN in the original too, which equals nothing"
+        if self.noticed <= self.tolerance:
             return "the inputs do not notice weights that are off by 1 %"
         return ""
 
@@ -79,8 +95,11 @@ class GroupCheck:
         if not self._perturbed:
             generator = torch.Generator().manual_seed(0)
             self._perturbed = [copy.deepcopy(module) for module in self.exact]
-            parameters = [p for module in self._perturbed for p in module.parameters() if p.is_floating_point()]
-            weights = [p for p in parameters if p.ndim > 1] or parameters
+            parameters = [
+                p for module in self._perturbed for p in module.parameters() if p.is_floating_point()
+            ]
+            buffers = [b for module in self._perturbed for b in module.buffers() if b.is_floating_point()]
+            weights = [p for p in parameters if p.ndim > 1] or parameters or buffers
             for weight in weights:
                 factor = torch.rand(weight.shape, generator=generator, dtype=weight.dtype)
                 weight.data.mul_(1 + _PERTURBATION * (0.5 + 0.5 * factor))
@@ -115,7 +134,9 @@ def observed(model: nn.Module, groups: Sequence[tuple[str, ...]], tell: Observer
     handles = []
     for number, group in enumerate(groups):
         first, last = model.get_submodule(group[0]), model.get_submodule(group[-1])
-        handles.append(first.register_forward_pre_hook(_enter(waiting[number]), with_kwargs=True))
+        # Before the user's own pre-hooks: they run again where the group is run by itself.
+        enter = _enter(waiting[number])
+        handles.append(first.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         handles.append(last.register_forward_hook(_leave(number, group, waiting[number], trouble, tell)))
     try:
         yield trouble

@@ -1,7 +1,7 @@
 """A float64 probe of one group: its members in a row on random input, against what the rule makes of them.
 
 It proves a fold for classes whose forward nobody has read: subclasses that pad, norms with an activation
-inside, custom fusers. It says nothing about what else reads the tensors between: that takes a run of the model.
+inside. It says nothing about what else reads the tensors between: that takes a run of the model.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fusecli.equivalence.compare import Difference, compare
+from fusecli.equivalence.run import float64_arithmetic
 from fusecli.graph.materialise import in_float64, probe_input
 from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, plant
-from fusecli.equivalence.compare import Difference, compare
 
 _SEED = 0x5EED
 
 
-def probe(modules: Mapping[str, nn.Module], rewrite: Callable[[Mapping[str, nn.Module]], Rewrite]) -> Difference:
+def probe(
+    modules: Mapping[str, nn.Module], rewrite: Callable[[Mapping[str, nn.Module]], Rewrite]
+) -> Difference:
     """The difference between `modules` run in their order and the same after `rewrite`, both in float64.
 
     Raises whatever the modules' own forward raises.
@@ -28,8 +31,34 @@ def probe(modules: Mapping[str, nn.Module], rewrite: Callable[[Mapping[str, nn.M
     tree = ModuleTree(plant(fused))
     apply_rewrite(tree, rewrite(fused))
     x = probe_input(next(iter(original.values())), torch.Generator().manual_seed(_SEED))
-    with torch.no_grad():
+    with torch.no_grad(), float64_arithmetic():
         return compare(chain(list(original.values()), x), chain([tree[path] for path in fused], x))
+
+
+def changed_shape(modules: Sequence[nn.Module], result: nn.Module) -> str:
+    """How the output of `result` differs in shape from that of `modules` in a row; "" where it does not.
+
+    Also "" where nobody can tell, because the modules do not run in a row on random input.
+    """
+    try:
+        x = probe_input(modules[0], torch.Generator().manual_seed(_SEED))
+        expected = _run([in_float64(module).eval() for module in modules], x)
+    except Exception:  # whatever somebody's forward may raise
+        return ""
+    try:
+        output = _run([in_float64(result).eval()], x)
+    except Exception as error:
+        return f"raises {type(error).__name__}: {error}"
+    if not isinstance(output, Tensor):
+        return f"answers with a {type(output).__name__}, not a tensor"
+    if output.shape == expected.shape:
+        return ""
+    return f"changes the shape of the output from {list(expected.shape)} to {list(output.shape)}"
+
+
+def _run(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    with torch.no_grad(), float64_arithmetic():
+        return chain(modules, x)
 
 
 def chain(modules: Sequence[nn.Module], x: Tensor) -> Tensor:

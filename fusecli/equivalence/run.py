@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_NARROW = {torch.float32, torch.float16, torch.bfloat16}
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+_WIDE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,24 @@ class Sample:
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """A copy of nested tuples, lists and dicts of tensors, floating ones in `dtype` (None: as they are)."""
+    """A copy of nested tuples, lists, dicts and dataclasses, floating tensors in `dtype` (None: kept)."""
     if isinstance(value, Tensor):
-        return value.detach().clone().to(dtype) if dtype and value.is_floating_point() else value.detach().clone()
+        return (
+            value.detach().clone().to(dtype)
+            if dtype and value.is_floating_point()
+            else value.detach().clone()
+        )
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(cast(item, dtype) for item in value))
     if isinstance(value, tuple | list):
         return type(value)(cast(item, dtype) for item in value)
     if isinstance(value, dict):
         return {key: cast(item, dtype) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fresh = copy.copy(value)
+        for name in (entry.name for entry in dataclasses.fields(value)):
+            object.__setattr__(fresh, name, cast(getattr(value, name), dtype))
+        return fresh
     return value
 
 
@@ -57,9 +73,26 @@ def run(model: nn.Module, sample: Sample, *, seed: int, dtype: torch.dtype | Non
     """
     inputs = sample.copy(dtype)
     exact = float64_arithmetic() if dtype is torch.float64 else nullcontext()
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), exact:
-        torch.manual_seed(seed)
+    with _seeded(seed), torch.no_grad(), exact:
         return cast(model(*inputs.args, **inputs.kwargs), None)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, the random numbers of torch on the CPU, of Python and of numpy start from `seed`."""
+    numpy = sys.modules.get("numpy")
+    python, legacy = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too
+            random.seed(seed)
+            if numpy:
+                numpy.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(legacy)
 
 
 @contextmanager
@@ -80,12 +113,30 @@ class _Widen(TorchFunctionMode):
     ) -> Any:
         if func in _CASTS:
             return args[0].double()
-        wide = {key: _wide(value) for key, value in (kwargs or {}).items()}
-        return func(*(_wide(value) for value in args), **wide)
+        wide, named = (
+            [_wide(value) for value in args],
+            {key: _wide(value) for key, value in (kwargs or {}).items()},
+        )
+        if func in (
+            Tensor.to,
+            Tensor.type_as,
+        ):  # x.to(other), where the other is no parameter and stayed narrow
+            return func(
+                wide[0], *map(_double, wide[1:]), **{key: _double(value) for key, value in named.items()}
+            )
+        try:
+            return func(*wide, **named)
+        except RuntimeError:
+            # A tensor that is neither parameter nor buffer has stayed narrow, and this op wants equal dtypes.
+            return func(*map(_double, wide), **{key: _double(value) for key, value in named.items()})
 
 
 def _wide(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+    return _WIDE[value] if isinstance(value, torch.dtype) and value in _WIDE else value
+
+
+def _double(value: Any) -> Any:
+    return value.to(_WIDE[value.dtype]) if isinstance(value, Tensor) and value.dtype in _WIDE else value
 
 
 def changed_buffers(before: Mapping[str, Tensor], model: nn.Module) -> list[str]:

@@ -1,22 +1,20 @@
-"""Do the stored tensors hold the fold? Each is compared with its float64 value, bit by bit where nothing was folded."""
+"""Do the stored tensors hold the fold? Each is compared with its float64 value, strictly if it was kept."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from fusecli.algebra import round_once
-from fusecli.errors import NotFoldable
 
 # A custom fuser does its own arithmetic: its tensors may be off by this many units in the last place.
 _FOREIGN_ULPS = 64
 
 
 def misstored(
-    exact: Mapping[str, Tensor],
-    stored: Mapping[str, Tensor],
+    exact: Mapping[str, Any],
+    stored: Mapping[str, Any],
     folded: Collection[str],
     foreign: Collection[str] = (),
 ) -> list[str]:
@@ -27,30 +25,36 @@ def misstored(
     """
     wrong = sorted(exact.keys() ^ stored.keys())
     for key in exact.keys() & stored.keys():
-        if not holds_fold(exact[key], stored[key], key in folded, key in foreign):
+        if not _holds(exact[key], stored[key], key in folded, key in foreign):
             wrong.append(key)
     return sorted(wrong)
 
 
+def _holds(exact: Any, stored: Any, folded: bool, foreign: bool) -> bool:
+    if isinstance(exact, Tensor) and isinstance(stored, Tensor):
+        return holds_fold(exact, stored, folded, foreign)
+    # What a module's get_extra_state answers is no tensor, and nobody folds it.
+    return type(exact) is type(stored) and bool(exact == stored)
+
+
 def holds_fold(exact: Tensor, stored: Tensor, folded: bool, foreign: bool = False) -> bool:
     """Whether `stored` is `exact` in its own dtype, as strictly as `misstored` says."""
-    if exact.shape != stored.shape:
+    if exact.shape != stored.shape or exact.is_floating_point() != stored.is_floating_point():
         return False
     if not stored.is_floating_point():
-        return torch.equal(exact, stored)
+        return exact.dtype == stored.dtype and torch.equal(exact, stored)
     if not folded and not foreign:
-        return torch.equal(_rounded(exact, stored.dtype).isnan(), stored.isnan()) and torch.equal(
-            _rounded(exact, stored.dtype).nan_to_num(), stored.nan_to_num()
-        )
-    limits = torch.finfo(stored.dtype)
-    size = exact.abs().max() if foreign and exact.numel() else exact.abs()
-    ulps = _FOREIGN_ULPS if foreign else 1
-    allowed = (size * limits.eps * ulps).clamp(min=limits.smallest_normal * limits.eps)
-    return bool(((stored.double() - exact).abs() <= allowed).all())
+        # The exact value of a kept tensor is the original's own: a stored one that is narrower has lost bits.
+        return bool(torch.isclose(stored.double(), exact.double(), rtol=0, atol=0, equal_nan=True).all())
+    gap = (stored.double() - exact).abs()
+    if not foreign:
+        return bool((gap < _last_place(exact, stored.dtype)).all())
+    largest = exact.abs().max() if exact.numel() else exact.new_zeros(())
+    return bool((gap <= _FOREIGN_ULPS * _last_place(largest, stored.dtype)).all())
 
 
-def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    try:
-        return round_once(exact.double(), dtype)
-    except NotFoldable:  # a kept tensor may hold infinities; nothing was folded, so nothing overflowed
-        return exact.to(dtype)
+def _last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of the two elements of `dtype` that `exact` lies between."""
+    limits = torch.finfo(dtype)
+    _, exponent = torch.frexp(exact.abs().clamp(min=limits.smallest_normal))
+    return torch.ldexp(torch.full_like(exact, limits.eps), exponent - 1)

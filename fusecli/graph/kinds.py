@@ -21,8 +21,14 @@ EXACT = frozenset(
         *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     }
 )
-# Modules that return their input at inference: a group may list them, nothing happens there.
-NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# Classes that return their input at inference: a group may list them, nothing happens there. A subclass may
+# be a dropout that never stops.
+NOTHING = frozenset(
+    {
+        *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+    }
+)
 BATCH_DEPENDENT = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 FOLDABLE = frozenset({"conv", "conv_transpose", "linear", "norm", "norm_with_activation"})
 
@@ -35,14 +41,16 @@ _KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = 
     (nn.ReLU, "relu"),
     (BATCH_DEPENDENT, "batch_dependent"),
     (_NormBase, "norm"),
-    (NOTHING, "nothing"),
 )
 
 
 def kind_of(module: nn.Module, treated_as: type | None = None) -> str:
-    """fused, conv, conv_transpose, linear, norm, norm_with_activation, batch_dependent, relu, nothing or other;
-    `treated_as` is the class whose kind the user wants for this one."""
-    kind = next((kind for base, kind in _KINDS if issubclass(treated_as or type(module), base)), "other")
+    """fused, conv, conv_transpose, linear, norm, norm_with_activation, batch_dependent, relu, nothing or
+    other; `treated_as` is the class whose kind the user wants for this one."""
+    cls = treated_as or type(module)
+    if cls in NOTHING:
+        return "nothing"
+    kind = next((kind for base, kind in _KINDS if issubclass(cls, base)), "other")
     if kind == "other" and treated_as is None and is_norm(module):
         kind = "norm"
     if kind == "norm" and next(module.children(), None) is not None:
@@ -51,7 +59,7 @@ def kind_of(module: nn.Module, treated_as: type | None = None) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """BatchNorm and all that carry running statistics and an eps like it (FrozenBatchNorm2d has no common base)."""
+    """BatchNorm and all that carry running statistics and an eps like it (FrozenBatchNorm2d too)."""
     looks_like_one = {"running_mean", "running_var"} <= module._buffers.keys() and hasattr(module, "eps")
     return isinstance(module, _NormBase) or looks_like_one
 
@@ -73,6 +81,9 @@ def without_statistics(norm: nn.Module) -> tuple[str, str] | None:
         return "batch-dependent", f"{type(norm).__name__} normalises by the statistics of each input"
     if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
         if isinstance(norm, _InstanceNorm):
-            return "batch-dependent", "InstanceNorm without running statistics normalises each input by its own"
+            return (
+                "batch-dependent",
+                "InstanceNorm without running statistics normalises each input by its own",
+            )
         return "no-statistics", "the norm keeps no running statistics (track_running_stats=False)"
     return None

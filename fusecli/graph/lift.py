@@ -12,38 +12,45 @@ from fusecli.algebra import ChannelAffine, Geometry, LinearOp, batch_norm, pack,
 from fusecli.errors import require
 from fusecli.graph.kinds import without_statistics
 
-_REMEDY = "make the weight an ordinary tensor first (torch.nn.utils.{}) and save the checkpoint again"
+_REMEDY = "make the {} an ordinary tensor first (torch.nn.utils.{}) and save the checkpoint again"
 
 
 def linear_op(layer: nn.Module, *, transposed: bool) -> LinearOp:
-    """The meaning of a Conv1-3d, ConvTranspose1-3d or Linear: its weight as [g, o, i, *k] (a view) and its bias."""
+    """The meaning of a Conv1-3d, ConvTranspose1-3d or Linear: weight as [g, o, i, *k] (a view) and bias."""
     refuse_parametrized(layer)
-    weight = layer._parameters["weight"]
+    weight = layer._parameters.get("weight")
+    lacks = f"{type(layer).__name__} has no parameter called weight"
+    require(
+        weight is not None, "no-weight", lacks, remedy="teach it with extra_mappings (sequence and fuser)"
+    )
     assert weight is not None
     groups = int(getattr(layer, "groups", 1))
     bias = layer._parameters.get("bias")
     return LinearOp(
         unpack(weight.detach(), groups, transposed),
         None if bias is None else bias.detach(),
-        _geometry(layer, transposed),
+        Geometry.linear() if weight.ndim == 2 else _geometry(layer, transposed),
     )
 
 
 def channel_affine(norm: nn.Module) -> ChannelAffine:
-    """y = scale x + shift of a norm in inference mode: BatchNorm, SyncBatchNorm, FrozenBatchNorm, InstanceNorm
-    with running statistics, and what else keeps weight, bias, running_mean, running_var and eps."""
+    """y = scale x + shift of a norm in inference mode: BatchNorm, SyncBatchNorm, FrozenBatchNorm,
+    InstanceNorm with running statistics, and what else keeps weight, bias, running_mean, running_var, eps."""
     refuse_parametrized(norm)
-    complete = {"running_mean", "running_var"} <= norm._buffers.keys() and hasattr(norm, "eps")
+    eps: Any = getattr(norm, "eps", None)
+    complete = {"running_mean", "running_var"} <= norm._buffers.keys() and isinstance(eps, int | float)
     lacks = f"{type(norm).__name__} has not got running_mean, running_var and eps under these names"
     require(complete, "no-statistics", lacks, remedy="teach it with extra_mappings (sequence and fuser)")
     missing = without_statistics(norm)
     if missing is not None:
         code, reason = missing
-        require(False, code, reason, remedy="only a norm with running statistics is a fixed affine at inference")
+        require(
+            False, code, reason, remedy="only a norm with running statistics is a fixed affine at inference"
+        )
     mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
     assert mean is not None
     assert var is not None
-    return batch_norm(mean, var, _eps(norm), _vector(norm, "weight"), _vector(norm, "bias"))
+    return batch_norm(mean, var, float(eps), _vector(norm, "weight"), _vector(norm, "bias"))
 
 
 def lowered(path: str, op: LinearOp) -> dict[str, Tensor]:
@@ -56,15 +63,17 @@ def lowered(path: str, op: LinearOp) -> dict[str, Tensor]:
 
 def refuse_parametrized(module: nn.Module) -> None:
     """A weight that is computed from other tensors cannot be replaced: guards against case 29."""
-    computed, how = _computed_weight(module)
+    name, how = _computed_tensor(module)
     require(
-        not computed,
+        not how,
         "parametrized",
-        f"its weight is computed from other tensors by {how}",
-        remedy=_REMEDY.format(_REMOVERS.get(how, f"the inverse of {how}")),
+        f"its {name} is computed from other tensors by {how}",
+        remedy=_REMEDY.format(name, _REMOVERS.get(how, "")),
     )
     lazy = isinstance(module._parameters.get("weight"), nn.parameter.UninitializedParameter)
-    require(not lazy, "uninitialised", "its weight has no shape yet", remedy="run the model once, then save it")
+    require(
+        not lazy, "uninitialised", "its weight has no shape yet", remedy="run the model once, then save it"
+    )
 
 
 _REMOVERS = {
@@ -75,20 +84,26 @@ _REMOVERS = {
 }
 
 
-def _computed_weight(module: nn.Module) -> tuple[bool, str]:
-    if parametrize.is_parametrized(module):
-        return True, "parametrize"
+_ATTRIBUTES = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+_MARKS = (("weight_norm", "{}_g"), ("pruning", "{}_mask"), ("spectral_norm", "{}_orig"))
+
+
+def _computed_tensor(module: nn.Module) -> tuple[str, str]:
+    """The weight or bias that is no tensor of its own, and what computes it; empty if there is none."""
     names = module._parameters.keys() | module._buffers.keys()
-    for how, mark in (("weight_norm", "weight_g"), ("pruning", "weight_mask"), ("spectral_norm", "weight_orig")):
-        if mark in names:
-            return True, how
-    return False, ""
+    for name in ("weight", "bias"):
+        if parametrize.is_parametrized(module, name):
+            return name, "parametrize"
+        for how, mark in _MARKS:
+            if mark.format(name) in names:
+                return name, how
+    return "", ""
 
 
-def _geometry(layer: nn.Module, transposed: bool) -> Geometry:
-    if isinstance(layer, nn.Linear):
-        return Geometry.linear()
-    conv: Any = layer
+def _geometry(conv: Any, transposed: bool) -> Geometry:
+    lacks = [name for name in _ATTRIBUTES if not hasattr(conv, name)]
+    message = f"{type(conv).__name__} has no attribute {', '.join(lacks)}, which a convolution has"
+    require(not lacks, "no-geometry", message, remedy="teach it with extra_mappings (sequence and fuser)")
     return Geometry.from_attributes(
         conv.kernel_size,
         conv.stride,
@@ -100,13 +115,8 @@ def _geometry(layer: nn.Module, transposed: bool) -> Geometry:
     )
 
 
-def _eps(norm: nn.Module) -> float:
-    eps: Any = norm.eps
-    return float(eps)
-
-
 def _vector(norm: nn.Module, name: str) -> Tensor | None:
     # FrozenBatchNorm keeps gamma and beta as buffers.
-    value = norm._parameters.get(name)
-    value = norm._buffers.get(name) if value is None else value
+    parameter = norm._parameters.get(name)
+    value = norm._buffers.get(name) if parameter is None else parameter
     return None if value is None else torch.Tensor.detach(value)

@@ -1,9 +1,10 @@
-"""Copies of single modules with other tensors in them: real ones for a meta model, float64 ones for a proof."""
+"""Copies of modules with other tensors in them: real ones for a meta model, float64 ones for a proof."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,20 @@ def with_tensors(module: nn.Module, fetch: Callable[[str, Tensor], Tensor], pref
 
     Hooks stay behind: a proof or a fold must not run code that watches the user's model.
     """
-    clone = copy.copy(module)
-    for name, value in list(clone.__dict__.items()):
-        if isinstance(value, dict):
-            clone.__dict__[name] = type(value)() if name.startswith(_HOOKS) else copy.copy(value)
+    # Not copy.copy(): parametrized modules refuse it, because pickling them would not work.
+    clone = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        if name.startswith(_HOOKS):
+            clone.__dict__[name] = type(value)()
+        elif isinstance(value, dict | list | set):
+            clone.__dict__[name] = copy.copy(value)
     for name, parameter in module._parameters.items():
         if parameter is not None:
             value = fetch(prefix + name, parameter.detach())
-            clone._parameters[name] = nn.Parameter(value, parameter.requires_grad and value.is_floating_point())
+            clone._parameters[name] = nn.Parameter(
+                value, parameter.requires_grad and value.is_floating_point()
+            )
     for name, buffer in module._buffers.items():
         if buffer is not None:
             clone._buffers[name] = fetch(prefix + name, buffer)
@@ -34,12 +41,14 @@ def with_tensors(module: nn.Module, fetch: Callable[[str, Tensor], Tensor], pref
 
 
 def in_float64(module: nn.Module) -> nn.Module:
-    """A copy of `module` with its floating-point tensors in float64."""
-    return with_tensors(module, lambda _, old: old.double() if old.is_floating_point() else old.clone())
+    """A copy of `module` with its floating-point tensors in float64; it shares no memory with `module`."""
+    return with_tensors(
+        module, lambda _, old: old.clone().double() if old.is_floating_point() else old.clone()
+    )
 
 
 def from_store(module: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `module`, which stands at `path`, that holds `tensors` (by state-dict key) where there are any."""
+    """A copy of `module`, which stands at `path`, with `tensors` (by state-dict key) where there are any."""
     return with_tensors(module, lambda name, old: tensors.get(f"{path}.{name}", old))
 
 
@@ -53,12 +62,14 @@ def probe_input(module: nn.Module, generator: torch.Generator) -> Tensor:
 
 
 def _probe_shape(module: nn.Module) -> tuple[int, ...]:
-    if isinstance(module, nn.Linear):
-        return (5, module.in_features)
-    if isinstance(module, nn.modules.conv._ConvNd):
-        spans = zip(module.kernel_size, module.dilation, module.stride, strict=True)
+    # By attributes: a class that is only treated as a convolution has no base in common with torch's.
+    layer: Any = module
+    if hasattr(layer, "in_features"):
+        return (5, layer.in_features)
+    if hasattr(layer, "in_channels"):
+        spans = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
         spatial = (dilation * (kernel - 1) + 2 * stride + 3 for kernel, dilation, stride in spans)
-        return (2, module.in_channels, *spatial)
+        return (2, layer.in_channels, *spatial)
     mean = module._buffers.get("running_mean")
     if mean is None:
         raise TypeError(f"no input is known for {type(module).__name__}")

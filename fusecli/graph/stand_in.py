@@ -88,7 +88,8 @@ def _norm(path: str, shapes: Shapes, hints: Hints, rank: int) -> nn.Module:
                 Problem(
                     f"the eps of {path} is not in a state dict, and it is never guessed",
                     hints.where,
-                    "add eps to the group ({modules: [...], eps: 1.0e-5}), or assume: {eps: 1.0e-5}, or model.factory",
+                    "add eps to the group ({modules: [...], eps: 1.0e-5}), or assume: {eps: 1.0e-5}, "
+                    "or model.factory",
                 )
             )
         hints.assumed.append((path, f"eps {eps:g}, as the spec assumes"))
@@ -109,6 +110,7 @@ def _layer(path: str, shape: tuple[int, ...], bias: bool, hints: Hints) -> nn.Mo
     if rank == 0:
         return nn.Linear(shape[1], shape[0], bias=bias)
     groups = hints.groups or 1
+    kernel: Any = shape[2:]
     stride: Any = hints.stride if hints.stride and len(hints.stride) == rank else (hints.stride or (1,))[0]
     transposed = kind.startswith("conv_transpose")
     if shape[0] % groups:
@@ -116,16 +118,18 @@ def _layer(path: str, shape: tuple[int, ...], bias: bool, hints: Hints) -> nn.Mo
         raise UsageError(Problem(message, hints.where, "correct groups in the group"))
     if transposed:
         return _CONV_TRANSPOSE[rank - 1](
-            shape[0], shape[1] * groups, shape[2:], stride=stride, groups=groups, bias=bias
+            shape[0], shape[1] * groups, kernel, stride=stride, groups=groups, bias=bias
         )
-    return _CONV[rank - 1](shape[1] * groups, shape[0], shape[2:], stride=stride, groups=groups, bias=bias)
+    return _CONV[rank - 1](shape[1] * groups, shape[0], kernel, stride=stride, groups=groups, bias=bias)
 
 
 def _guess(path: str, shape: tuple[int, ...], rank: int, hints: Hints) -> str:
     if rank == 0:
         return "linear"
     if hints.transposed is None:
-        hints.assumed.append((path, f"a convolution, not a transposed one (weight {list(shape)} does not tell)"))
+        hints.assumed.append(
+            (path, f"a convolution, not a transposed one (weight {list(shape)} does not tell)")
+        )
     return f"conv_transpose{rank}d" if hints.transposed else f"conv{rank}d"
 
 

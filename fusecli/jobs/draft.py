@@ -18,26 +18,31 @@ _SIDE = 64  # a spatial size that most networks take
 Pair = tuple[str, str]
 
 
-def draft_spec(nesting: str | None, modules: Sequence[ModuleFacts], candidates: Sequence[Candidate]) -> str:
-    """The YAML text; "" without candidates. Its factory and inputs are to be filled in."""
+def draft_spec(
+    nesting: str | None, modules: Sequence[ModuleFacts], candidates: Sequence[Candidate], ordered: bool
+) -> str:
+    """The YAML text; "" without candidates. Its factory and inputs are to be filled in.
+
+    ordered  the first layer of `modules` may be the model's first
+    """
     if not candidates:
         return ""
     lines = ["version: 1"]
     if nesting is not None:
         lines.append(f"checkpoint: {{key: {_scalar(nesting)}}}")
     lines += [
-        'model: {factory: "your_package.models:build"}  # or "net.py:build"; returns the model',
-        "inputs:  # one entry for each argument of forward",
-        f"  - {{shape: {_input_shape(modules)}}}",
-        "groups:  # guessed, not known: leave out what does not follow each other",
+        'model: {factory: "your_package.models:build"}  # or "net.py:build"',
+        "inputs:  # one entry for each argument of forward; the shape is a guess",
+        f"  - {{shape: {_input_shape(modules if ordered else ())}}}",
+        "groups:  # guesses: strike out what does not follow each other",
         *(line for group in _groups(candidates, [m.path for m in modules if m.path]) for line in group),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _input_shape(modules: Sequence[ModuleFacts]) -> list[int]:
-    """What the first layer takes, as far as its weight tells."""
-    weight = next((m.shape("weight") or () for m in modules if m.role is Role.LAYER), (1, 1))
+    """What the first layer takes, as far as its weight tells; images where the first is not known."""
+    weight = next((m.shape("weight") or () for m in modules if m.role is Role.LAYER), (0, 3, 0, 0))
     return [2, weight[1], *(_SIDE for _ in weight[2:])]
 
 
@@ -73,10 +78,12 @@ def _binds(pattern: Pair, pairs: Sequence[Pair], names: Collection[str]) -> bool
 
 def _entry(pair: Pair, remark: str = "") -> list[str]:
     first, second = map(_scalar, pair)
-    line = f"  - [{first}, {second}]"
-    if len(line) > _WIDTH:
-        return [f"  - [{first},", f"     {second}]{remark}"]
-    return [line + remark]
+    line = f"  - [{first}, {second}]{remark}"
+    if len(line) <= _WIDTH:
+        return [line]
+    opening = f"  - [{first},"
+    # A comment that a narrow page breaks is no comment any more.
+    return [opening + (remark if len(opening + remark) <= _WIDTH else ""), f"     {second}]"]
 
 
 def _scalar(text: str) -> str:

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from fusecli.checkpoint import Checkpoint, sha256_file
-from fusecli.engine import Decision
+from fusecli.engine import Decision, Group
 from fusecli.graph.kinds import norms, without_statistics
 from fusecli.jobs.fold import Layout
 from fusecli.outcome import FileFacts, LedgerEntry, Refusal, Totals, Unfused
 from fusecli.spec import Spec
 
 _STATE = ("running_mean", "running_var", "num_batches_tracked")
+_VARIANCE = ".running_var"
+_NOT_LISTED = ("not-listed", "no group of the spec names it")
 
 
 def input_facts(checkpoint: Checkpoint) -> FileFacts:
@@ -31,7 +33,7 @@ def output_facts(path: object, written: Checkpoint) -> FileFacts:
 
 
 def spec_facts(spec: Spec) -> FileFacts | None:
-    return FileFacts(str(spec.source), "yaml", None, spec.sha256) if spec.source else None
+    return FileFacts(str(spec.source), "YAML", spec.source.stat().st_size, spec.sha256) if spec.source else None
 
 
 def environment() -> dict[str, str]:
@@ -64,20 +66,32 @@ def totals(layout: Layout, model: nn.Module | None) -> Totals:
 
 
 def unfused_norms(
-    modules: Mapping[str, nn.Module], decisions: Iterable[Decision], refused: Iterable[Refusal]
+    modules: Mapping[str, nn.Module],
+    decisions: Iterable[Decision],
+    refused: Iterable[Refusal] = (),
+    groups: Iterable[Group] = (),
 ) -> tuple[Unfused, ...]:
-    """Every norm that stays in the model, and why."""
+    """Every norm that stays in the model, and why. `groups`: those asked for, where some are refused."""
     taken = {path for decision in decisions for path in decision.members}
     blocked = {path: refusal for refusal in refused for path in refusal.group}
-    return tuple(_unfused(path, norm, blocked) for path, norm in norms(modules) if path not in taken)
+    asked = {path for group in groups for path in group.modules}
+    return tuple(_unfused(path, norm, blocked, asked) for path, norm in norms(modules) if path not in taken)
 
 
-def _unfused(path: str, norm: nn.Module, blocked: Mapping[str, Refusal]) -> Unfused:
+def norms_beyond(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> tuple[Unfused, ...]:
+    """Norms of a bare state dict that no group names: nothing is known of them but their statistics."""
+    found = (name.removesuffix(_VARIANCE) for name in checkpoint.tensors if name.endswith(_VARIANCE))
+    return tuple(Unfused(path, "norm", *_NOT_LISTED) for path in found if path not in modules)
+
+
+def _unfused(path: str, norm: nn.Module, blocked: Mapping[str, Refusal], asked: Collection[str]) -> Unfused:
     kind = type(norm).__name__
     if path in blocked:
         return Unfused(path, kind, blocked[path].code, blocked[path].reason)
+    if path in asked:
+        return Unfused(path, kind, "held-back", "its group was not refused, but another one was")
     missing = without_statistics(norm)
-    code, reason = missing or ("not-listed", "no group of the spec names it")
+    code, reason = missing or _NOT_LISTED
     return Unfused(path, kind, code, reason)
 
 

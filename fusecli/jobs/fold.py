@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fusecli.algebra import unpack
+from fusecli.algebra.blocks import BLOCK
 from fusecli.checkpoint import write_pt, write_safetensors
 from fusecli.engine import Decision, Group, compute, plan, refusal
 from fusecli.errors import NotFoldable
 from fusecli.graph.kinds import kind_of
+from fusecli.graph.materialise import with_tensors
 from fusecli.graph.stand_in import hints_of
 from fusecli.jobs.source import Source
 from fusecli.outcome import GroupReport, LedgerEntry, Refusal
@@ -87,21 +89,36 @@ def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group]) -> Fold:
         rewrites=rewrites,
         kinds_before=[_kinds(tree, decision.group.modules) for decision in planned.decisions],
         hints=[_hints(tree, decision) for decision in planned.decisions],
-        modules=dict(tree.modules),
+        # Copies: the proof wants the members as they were, and the skeleton is edited before it.
+        modules={
+            path: with_tensors(tree[path], lambda _, old: old)
+            for decision in planned.decisions
+            for path in decision.members
+        },
     )
     fold.layout = _layout(fold)
     return fold
 
 
-def write_fold(fold: Fold, path: Path, fmt: str, manifest: Manifest, tick: Callable[[str], None]) -> None:
-    """Folds and writes; raises Refused where a group's numbers do not allow it (statistics, overflow, a probe)."""
-    tensors = _stream(fold, tick)
-    metadata = {MANIFEST_KEY: manifest.to_json()}
-    if fmt == "safetensors":
-        write_safetensors(path, fold.layout, tensors, metadata)
-    else:
-        arrived = dict(tensors)
-        write_pt(path, {name: arrived[name] for name in fold.layout}, metadata)
+def write_fold(
+    fold: Fold, path: Path, fmt: str, manifest: Callable[[str], Manifest], tick: Callable[[str], None]
+) -> None:
+    """Folds and writes; raises Refused where a group's numbers do not allow it (statistics, overflow, a probe).
+
+    `manifest` makes the manifest from the input's sha256, which is taken while the tensors are written.
+    """
+    with fold.source.checkpoint.hashing() as digest:
+        tensors = _stream(fold, tick)
+
+        def metadata() -> dict[str, str]:
+            return {MANIFEST_KEY: manifest(digest()).to_json()}
+
+        if fmt == "safetensors":
+            promised = {MANIFEST_KEY: manifest("0" * 64).to_json()}
+            write_safetensors(path, fold.layout, tensors, promised, final=metadata)
+        else:
+            arrived = dict(tensors)
+            write_pt(path, {name: arrived[name] for name in fold.layout}, metadata())
 
 
 def apply_to_skeleton(fold: Fold) -> list[LedgerEntry]:
@@ -110,13 +127,13 @@ def apply_to_skeleton(fold: Fold) -> list[LedgerEntry]:
     return [entry for rewrite in fold.rewrites for entry in apply_edits(tree, rewrite.edits)]
 
 
-def manifest_for(fold: Fold, **facts: Any) -> Manifest:
+def manifest_for(fold: Fold, input_sha256: str, **facts: Any) -> Manifest:
     groups = tuple(
         GroupRecord(decision.group.modules, decision.rule, fold.source.evidence, decision.kept, hints)
         for decision, hints in zip(fold.decisions, fold.hints, strict=True)
     )
     edits = tuple(edit for rewrite in fold.rewrites for edit in rewrite.edits)
-    return Manifest("folded", groups, edits, ties=fold.source.checkpoint.ties, **facts)
+    return Manifest("folded", groups, edits, input_sha256, ties=fold.source.checkpoint.ties, **facts)
 
 
 def group_reports(fold: Fold, fused: nn.Module) -> list[GroupReport]:
@@ -175,7 +192,7 @@ def _below(key: str, paths: set[str]) -> bool:
 
 def _stream(fold: Fold, tick: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the artifact under its new name; the folded ones first, one group in memory at a time."""
-    keymap = fold.keymap
+    keymap, tensors, keys = fold.keymap, fold.source.checkpoint.tensors, _keys_by_module(fold.source)
     refused: list[Refusal] = []
     tree = ModuleTree(fold.skeleton)
     written: set[str] = set()
@@ -195,13 +212,16 @@ def _stream(fold: Fold, tick: Callable[[str], None]) -> Iterator[tuple[str, Tens
             assert new is not None
             written.add(new)
             yield new, tensor
+        for key in (key for path in decision.members for key in keys.get(path, ())):
+            tensors[key].release()
     if refused:
         raise Refused(refused)
-    for key, stored in fold.source.checkpoint.tensors.items():
+    for key, stored in tensors.items():
         new = keymap(key)
         if new in fold.layout and new not in written:
             assert new is not None
             yield new, stored.load()
+            stored.release()
 
 
 def _modules(source: Source, tree: ModuleTree, decision: Decision, *, real: bool) -> Mapping[str, nn.Module]:
@@ -219,9 +239,10 @@ def weight_range(layer: nn.Module, rewrite: Rewrite, path: str) -> tuple[float, 
 
 
 def _range(weight: Tensor) -> float:
-    # aminmax reads the weight once and makes no copy, which abs() would.
-    least, most = torch.aminmax(weight.flatten(0, 1).flatten(1), dim=1)
-    largest = torch.maximum(most, -least).double()
+    # Some rows at a time: as much as torch works on without waking its other threads, and no copy.
+    rows = weight.flatten(0, 1).flatten(1)
+    blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
+    largest = torch.cat([torch.maximum(block.amax(1), -block.amin(1)) for block in blocks]).double()
     alive = largest[largest > 0]
     return float(alive.max() / alive.min()) if alive.numel() else float("nan")
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusecli.artifact import manifest_of
+from fusecli.artifact import artifact_at, manifest_of
 from fusecli.checkpoint import Checkpoint, Staged, check_target, open_checkpoint, staged
 from fusecli.consent import Consent
 from fusecli.engine import Group
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.jobs import facts
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, manifest_for, plan_fold, write_fold
-from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.inputs import entries_of, samples_of
 from fusecli.jobs.proof import Proof, prove_alone, prove_with_model, reported
-from fusecli.jobs.source import Source, module_names, planted, source_of
-from fusecli.outcome import Evidence, Judgement, LedgerEntry, Outcome, Refusal, Verdict
+from fusecli.jobs.source import Source, folder_of, module_names, planted, source_of
+from fusecli.outcome import Evidence, Judgement, LedgerEntry, Outcome, Refusal, Unfused, Verdict
 from fusecli.rewrite import MANIFEST_KEY
 from fusecli.spec import Spec
 from fusecli.spec.groups import GroupSpec
@@ -57,18 +58,25 @@ def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: Non
     fmt, target = _target(request, spec)
     check_target(target, request.checkpoint, request.force or request.dry_run, _protected(spec))
     tick("opening the checkpoint")
-    with open_checkpoint(
-        request.checkpoint,
-        allow_pickle=request.allow_pickle,
-        key=spec.checkpoint.key,
-        strip_prefix=spec.checkpoint.strip_prefix,
-    ) as checkpoint:
+    with _opened(request, spec) as checkpoint:
         outcome = Outcome("fuse", "refused", ExitCode.REFUSED, spec=facts.spec_facts(spec))
         if MANIFEST_KEY in checkpoint.metadata:
             return _fused_already(outcome, checkpoint)
         _require_plain(checkpoint)
         source = source_of(checkpoint, spec, consent)
-        return _Job(request, spec, source, consent, tick, fmt, target).run(outcome)
+        outcome = _Job(request, spec, source, consent, tick, fmt, target).run(outcome)
+        return replace(outcome, input=facts.input_facts(checkpoint))
+
+
+def _opened(request: FuseRequest, spec: Spec) -> Checkpoint:
+    consented = partial(open_checkpoint, request.checkpoint, allow_pickle=request.allow_pickle)
+    try:
+        return consented(key=spec.checkpoint.key, strip_prefix=spec.checkpoint.strip_prefix)
+    except UsageError:
+        # What the spec says of the original does not hold for the artifact made of it: no nesting, no prefix.
+        if (plain := artifact_at(request.checkpoint)) is not None:
+            return plain
+        raise
 
 
 def _target(request: FuseRequest, spec: Spec) -> tuple[str, Path]:
@@ -78,12 +86,16 @@ def _target(request: FuseRequest, spec: Spec) -> tuple[str, Path]:
     fmt = request.format or named or spec.output.format or "safetensors"
     if request.output is not None:
         return fmt, request.output
-    suffix = "safetensors" if fmt == "safetensors" else "pt"
-    return fmt, request.checkpoint.with_name(f"{request.checkpoint.stem}.fused.{suffix}")
+    return fmt, request.checkpoint.parent / f"{request.checkpoint.stem}.fused.{fmt}"
 
 
 def _protected(spec: Spec) -> list[Path]:
-    return [spec.source] if spec.source else []
+    """Files besides the checkpoint that the work reads: the spec, its inputs, its code."""
+    read = [entry.file for entry in entries_of(spec.inputs) if entry.file]
+    named = [spec.model.factory] if spec.model else []
+    named += [extra.fuser for extra in spec.extra_mappings if extra.fuser]
+    read += [source for source in (name.rpartition(":")[0] for name in named) if source.endswith(".py")]
+    return [*filter(None, [spec.source]), *(folder_of(spec) / file for file in read)]
 
 
 def _fused_already(outcome: Outcome, checkpoint: Checkpoint) -> Outcome:
@@ -124,7 +136,6 @@ class _Job:
         skeleton, groups = self._structure()
         outcome = replace(
             outcome,
-            input=facts.input_facts(self.source.checkpoint),
             environment=facts.environment(),
             totals_before=facts.totals(facts.layout_of(self.source.checkpoint), self._model(skeleton)),
         )
@@ -135,7 +146,7 @@ class _Job:
                 return self._nothing(outcome, modules, bool(fold.done))
             return self._write(outcome, fold, modules)
         except Refused as no:
-            return self._refused(outcome, modules, no.refused)
+            return self._refused(outcome, modules, no.refused, groups)
 
     def _structure(self) -> tuple[Any, list[Group]]:
         if self.source.build is not None:
@@ -152,9 +163,9 @@ class _Job:
 
     def _write(self, outcome: Outcome, fold: Fold, modules: dict[str, Any]) -> Outcome:
         request, checkpoint = self.request, self.source.checkpoint
-        manifest = manifest_for(
+        manifest = partial(
+            manifest_for,
             fold,
-            input_sha256=checkpoint.sha256(),
             spec_sha256=self.spec.sha256 or "",
             versions=facts.versions(),
             key=self.spec.checkpoint.key or "",
@@ -168,7 +179,7 @@ class _Job:
             outcome = replace(
                 outcome,
                 groups=tuple(group_reports(fold, fold.skeleton)),
-                unfused=facts.unfused_norms(modules, fold.decisions, ()),
+                unfused=facts.unfused_norms(modules, fold.decisions) + self._beyond(modules),
                 totals_after=facts.totals(fold.layout, self._model(fold.skeleton)),
                 ledger=tuple(self.ledger),
             )
@@ -189,20 +200,26 @@ class _Job:
 
     def _finish(self, outcome: Outcome, stage: Staged) -> Outcome:
         if outcome.exit_code is not ExitCode.OK:
-            return outcome
+            return replace(outcome, output=None)  # what was proven wrong is gone
         if self.request.dry_run:
             return replace(outcome, status="planned", next_step=f"without --dry-run this writes {self.target}")
         stage.commit()
-        return replace(outcome, next_step=verify_command(self.request, self.target))
+        return replace(outcome, next_step=verify_command(self.request, self.target, self.consent.words))
 
-    def _refused(self, outcome: Outcome, modules: dict[str, Any], refused: Sequence[Refusal]) -> Outcome:
+    def _refused(
+        self, outcome: Outcome, modules: dict[str, Any], refused: Sequence[Refusal], groups: list[Group]
+    ) -> Outcome:
+        if self.source.build is None:
+            refused = [_with_remedy(refusal) for refusal in refused]
         return replace(
             outcome,
             refused=tuple(refused),
-            unfused=facts.unfused_norms(modules, (), refused),
+            unfused=facts.unfused_norms(modules, (), refused, groups) + self._beyond(modules),
             ledger=tuple(self.ledger),
-            next_step="nothing was written; follow the remedies or take the refused groups out of the spec",
         )
+
+    def _beyond(self, modules: dict[str, Any]) -> tuple[Unfused, ...]:
+        return facts.norms_beyond(self.source.checkpoint, modules)
 
     def _nothing(self, outcome: Outcome, modules: dict[str, Any], done: bool) -> Outcome:
         why = "every group of the spec is fused already" if done else "the spec lists no groups"
@@ -210,7 +227,7 @@ class _Job:
             outcome,
             status="nothing to fuse",
             exit_code=ExitCode.NOTHING,
-            unfused=facts.unfused_norms(modules, (), ()),
+            unfused=facts.unfused_norms(modules, ()) + self._beyond(modules),
             problems=(why,),
             next_step="" if done else "add groups to the spec; 'fusecli inspect' shows the norms of the checkpoint",
         )
@@ -256,7 +273,16 @@ def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:
     return replace(verdict, judgement=Judgement.INCONCLUSIVE, reasons=(*verdict.reasons, *doubts))
 
 
-def verify_command(request: FuseRequest, target: Path) -> str:
-    """The command line that proves the written artifact again."""
+def verify_command(request: FuseRequest, target: Path, allowed: Iterable[str]) -> str:
+    """The command line that proves the written artifact again; `allowed`: whose code it may run."""
     words = ["fusecli", "verify", str(request.checkpoint), str(target), "--spec", str(request.spec.source)]
+    words += [word for name in allowed for word in ("--allow-code", name)]
     return shlex.join(words + (["--allow-pickle"] if request.allow_pickle else []))
+
+
+def _with_remedy(refusal: Refusal) -> Refusal:
+    """Without model code a shape that does not fit is most often a transposed convolution taken for a plain one."""
+    if refusal.code != "shape" or refusal.remedy:
+        return refusal
+    fix = "a state dict does not tell a transposed convolution, nor its groups"
+    return replace(refusal, remedy=f"{fix}: say {{modules: [...], kind: conv_transpose2d, groups: 1}}")

@@ -21,16 +21,17 @@ def samples_of(spec: Spec, seed: int, count: int) -> list[Sample]:
     if not spec.inputs:
         fix = "add inputs: [{shape: [1, 3, 224, 224]}], one entry per forward argument"
         raise UsageError(Problem("the spec has a model but no inputs to run it on", spec.where(()), fix))
-    drawn = any(entry.file is None for entry in _flat(spec.inputs))
+    drawn = any(entry.file is None for entry in entries_of(spec.inputs))
     return [_sample(spec, seed + number) for number in range(count if drawn else 1)]
 
 
-def _flat(entries: Any) -> Iterator[InputSpec]:
+def entries_of(entries: Any) -> Iterator[InputSpec]:
+    """Every input of a spec, those within tuples too."""
     for entry in entries:
         if isinstance(entry, InputSpec):
             yield entry
         else:
-            yield from _flat(entry)
+            yield from entries_of(entry)
 
 
 def _sample(spec: Spec, seed: int) -> Sample:

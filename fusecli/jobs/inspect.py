@@ -19,7 +19,7 @@ from fusecli.jobs.pairs import channels_of, pairs_by_name, pairs_by_order
 from fusecli.rewrite import MANIFEST_KEY
 
 _STATISTICS = {"running_mean", "running_var"}
-# torch.nn.utils.weight_norm and spectral_norm; the newer torch.nn.utils.parametrize keeps a module of its own.
+# torch.nn.utils.weight_norm and spectral_norm; the newer parametrize keeps modules of its own.
 _REPARAMETRIZED = ("weight_g", "weight_v", "weight_orig")
 _PARAMETRIZATIONS = "parametrizations"
 _NUMBER = re.compile(r"(\d+)")
@@ -50,7 +50,7 @@ def inspect_file(path: Path, key: str | None = None) -> Contents:
             others=tuple(sorted(map(str, checkpoint.others))),
             artifact=artifact,
             candidates=candidates,
-            draft=draft_spec(checkpoint.nesting, modules, candidates),
+            draft=draft_spec(checkpoint.nesting, modules, candidates, ordered=not alphabetical),
         )
 
 
@@ -59,6 +59,8 @@ def _modules(checkpoint: Checkpoint) -> list[ModuleFacts]:
     for name, stored in checkpoint.tensors.items():
         path, _, local = name.rpartition(".")
         tensors.setdefault(path, []).append(TensorFacts(local, _name(stored.dtype), stored.shape))
+    for held in tensors.values():
+        held.sort(key=lambda tensor: tensor.name != "weight")  # what a layer is known by comes first
     return [ModuleFacts(path, _role(path, held), tuple(held)) for path, held in tensors.items()]
 
 

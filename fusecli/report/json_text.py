@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
+from fusecli.contents import Contents
 from fusecli.outcome import SCHEMA_VERSION, GroupReport, Outcome, Verdict
 from fusecli.report import facts
 from fusecli.report.wording import next_step
@@ -37,6 +38,16 @@ def as_json(outcome: Outcome) -> str:
         "problems": _plain(outcome.problems),
         "next_step": next_step(outcome),
     }
+    return _text(report)
+
+
+def contents_as_json(contents: Contents) -> str:
+    """All that `inspect` found, under the same first keys as every report."""
+    head = {"schema_version": SCHEMA_VERSION, "command": "inspect", "status": "inspected", "exit_code": 0}
+    return _text(head | _plain(contents))
+
+
+def _text(report: dict[str, Any]) -> str:
     return _harmless(json.dumps(report, indent=2, allow_nan=False)) + "\n"
 
 

@@ -1,8 +1,9 @@
-"""Does the edits to a module tree, where its modules stand: no copies, and a subclass keeps its own forward."""
+"""Does the edits to a module tree, where its modules stand: no copies; a subclass keeps its forward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,11 @@ from fusecli.rewrite.tree import ModuleTree
 
 def apply_rewrite(tree: ModuleTree, rewrite: Rewrite) -> tuple[LedgerEntry, ...]:
     """Sets the new tensors, then does the edits; returns what was lost on the way."""
-    opaque = {edit.path for edit in rewrite.edits if isinstance(edit, Opaque)}
+    # What a custom fuser returned brings its own tensors, at any depth below its path.
+    opaque = tuple(f"{edit.path}." for edit in rewrite.edits if isinstance(edit, Opaque))
     biases = [edit for edit in rewrite.edits if isinstance(edit, Bias)]
     _do(tree, biases)
-    set_tensors(tree, {k: t for k, t in rewrite.tensors.items() if k.rpartition(".")[0] not in opaque})
+    set_tensors(tree, {k: t for k, t in rewrite.tensors.items() if not k.startswith(opaque)})
     return tuple(_do(tree, (edit for edit in rewrite.edits if not isinstance(edit, Bias))))
 
 
@@ -54,16 +56,17 @@ def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
             yield from _absorb(tree, path, into, keep_hooks=last)
             _replace(tree, path, nn.Identity())
         case Remainder(path, into, members):
-            yield from _absorb(tree, path, into, keep_hooks=False)
-            children = tree[path]._modules
+            children: dict[str, Any] = tree[path]._modules
             rest = nn.Sequential()
-            rest._modules.update((name, children[name]) for name in members)
+            rest._modules.update({name: children[name] for name in members})
+            # The output of the norm is still there: it is that of its last submodule.
+            move_hooks(tree[path], rest, POST)
+            yield from _absorb(tree, path, into, keep_hooks=False)
             _replace(tree, path, rest)
         case Container(path, cls, members):
-            first, last = tree[members[0]], tree[members[-1]]
             container = container_class(cls)(*(tree[member] for member in members))
-            move_hooks(first, container, PRE)
-            move_hooks(last, container, POST)
+            move_hooks(tree[members[0]], container, PRE)
+            move_hooks(tree[members[-1]], container, POST)
             _place(tree, path, members, container)
         case Opaque(path, members, fuser, result):
             if result is None:
@@ -98,7 +101,8 @@ def _replace(tree: ModuleTree, path: str, module: nn.Module) -> None:
 def _add_bias(layer: nn.Module) -> None:
     if layer._parameters.get("bias") is None:
         weight = layer._parameters["weight"]
-        assert weight is not None
-        size = getattr(layer, "out_channels", None) or layer.out_features
+        if weight is None:
+            raise TypeError(f"a {type(layer).__name__} without a weight gets no bias")
+        size: Any = getattr(layer, "out_channels", None) or layer.out_features
         bias = torch.empty(size, dtype=weight.dtype, device=weight.device)
         layer._parameters["bias"] = nn.Parameter(bias, requires_grad=weight.requires_grad)

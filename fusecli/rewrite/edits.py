@@ -46,7 +46,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Remainder:
-    """The norm at `path` was folded into `into`; of the module, its submodules `members` stay, in that order."""
+    """The norm at `path` was folded into `into`; its submodules `members` stay, in that order."""
 
     path: str
     into: str

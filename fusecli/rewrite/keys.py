@@ -25,7 +25,7 @@ class KeyMap:
                 case Container(path, _, members):
                     self._moves.update({member: f"{path}.{i}" for i, member in enumerate(members)})
                 case Opaque(path, members):
-                    self._moves.update({member: None for member in members})
+                    self._moves.update(dict.fromkeys(members))
                     self._moves[path] = path
 
     def __call__(self, key: str) -> str | None:

@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fusecli.errors import Problem, UnsafeError
+from fusecli.nn import container_class
 from fusecli.outcome import Evidence
 from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder
 
 MANIFEST_KEY = "fusecli"  # the name of the manifest in safetensors metadata and in a state dict's _metadata
 VERSION = 1
-_EDITS: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in (Bias, Identity, Container, Remainder, Opaque)}
+_EDITS: dict[str, type[Any]] = {
+    cls.__name__.lower(): cls for cls in (Bias, Identity, Container, Remainder, Opaque)
+}
 
 
 @dataclass(frozen=True)
@@ -98,17 +101,25 @@ def _edit_to_dict(edit: Edit) -> dict[str, Any]:
 
 
 def _edit_from_dict(document: dict[str, Any]) -> Edit:
-    values = {k: _names(v) if k == "members" else v for k, v in document.items() if k not in ("edit", "result")}
+    values = {
+        k: _one_or_more(v) if k == "members" else v
+        for k, v in document.items()
+        if k not in ("edit", "result")
+    }
     for name, value in values.items():
         if name != "members" and not isinstance(value, bool if name == "last" else str):
             raise TypeError(f"edit field {name!r} is {value!r}")
+    if "cls" in values:
+        container_class(str(values["cls"]))
     edit: Edit = _EDITS[document["edit"]](**values)
+    if not edit.path or not getattr(edit, "into", "-"):
+        raise ValueError("the model itself cannot be edited")
     return edit
 
 
 def _group_from_dict(document: dict[str, Any]) -> GroupRecord:
     return GroupRecord(
-        modules=_names(document["modules"]),
+        modules=_one_or_more(document["modules"]),
         rule=str(document["rule"]),
         evidence=Evidence(document["evidence"]),
         kept=_names(document["kept"]),
@@ -117,6 +128,12 @@ def _group_from_dict(document: dict[str, Any]) -> GroupRecord:
 
 
 def _names(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
         raise TypeError(f"expected a list of names, found {values!r}")
     return tuple(values)
+
+
+def _one_or_more(values: Any) -> tuple[str, ...]:
+    if not values:
+        raise ValueError("a list of members is empty")
+    return _names(values)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
+
+# Where a fused model keeps the names of its groups, so that each can be judged by itself and none is fused
+# twice. Empty: a custom fuser took part, so that names do not tell all that was done.
+_GROUPS = "_fusecli_groups"
 
 
 class ModuleTree:
@@ -12,15 +16,27 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
 
     def __getitem__(self, path: str) -> nn.Module:
         return self.modules[path]
 
+    @property
+    def fused_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The groups that fusecli has fused in this model already."""
+        groups: tuple[tuple[str, ...], ...] = self.model.__dict__.get(_GROUPS, ())
+        return groups
+
+    def note_groups(self, groups: Iterable[tuple[str, ...]], *, custom: bool) -> None:
+        """Adds to `fused_groups`, unless custom fusers took part, now or before."""
+        state = self.model.__dict__
+        earlier = state.get(_GROUPS)
+        state[_GROUPS] = () if custom or earlier == () else (*(earlier or ()), *groups)
+
     def replace(self, path: str, module: nn.Module) -> None:
         """Puts `module` where `path` leads; the root itself has no place to be replaced at."""
         parent, _, name = path.rpartition(".")
-        # Not setattr: a class may define a property of the child's name, and hooks of __setattr__ are not ours to run.
+        # Not setattr: a class may define a property of the child's name, and a __setattr__ of its own.
         self.modules[parent]._modules[name] = module
         self.modules[path] = module
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fusecli.algebra import ChannelAffine, LinearOp
+from fusecli.errors import require
 from fusecli.graph.lift import channel_affine, linear_op, lowered
 from fusecli.nn import container_for
 from fusecli.rewrite import Bias, Container, Identity, Remainder, Rewrite
@@ -55,5 +56,13 @@ class Member:
     def contained_with(self, relu: Member) -> Rewrite:
         """Both move into the fusecli.nn container made for them."""
         container = container_for(self.module)
+        kinds = f"{type(self.module).__name__} and a {type(relu.module).__name__}"
+        fits = container is not None and isinstance(relu.module, nn.ReLU)
+        require(
+            fits,
+            "no-container",
+            f"no container takes a {kinds}",
+            remedy="leave the activation out of the group",
+        )
         assert container is not None
         return Rewrite(edits=(Container(self.path, container.__name__, (self.path, relu.path)),))

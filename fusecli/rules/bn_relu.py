@@ -10,8 +10,6 @@ After           BNReLU (0.weight, ...: the keys move below ".0") -> Identity
 
 from __future__ import annotations
 
-from fusecli.errors import require
-from fusecli.nn import container_for
 from fusecli.rewrite import Rewrite
 from fusecli.rules import rule
 from fusecli.rules._member import Member
@@ -19,6 +17,4 @@ from fusecli.rules._member import Member
 
 @rule("norm", "relu")
 def bn_relu(norm: Member, relu: Member) -> Rewrite:
-    kind = type(norm.module).__name__
-    require(container_for(norm.module) is not None, "no-container", f"no container takes a {kind} and a ReLU")
     return norm.contained_with(relu)

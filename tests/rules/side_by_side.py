@@ -22,7 +22,7 @@ def kinds(net: nn.Module) -> list[str]:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Root mean square, so that a single lucky element decides nothing."""
     assert actual.shape == expected.shape
-    return float((actual.double() - expected).norm() / expected.norm())
+    return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
 def assert_exact(net: nn.Module, x: Tensor, group: list[str] | None = None) -> Any:
@@ -41,7 +41,9 @@ def assert_like_torch_ao(torch_ao: Any, net: nn.Module, x: Tensor) -> None:
     ours.load_state_dict(theirs.state_dict(), strict=True)
     ours = fuse_modules(net, names(net))
     expected = float64(net)(x.double())
-    ours_error, their_error = (relative_error(float64(fused)(x.double()), expected) for fused in (ours, theirs))
+    ours_error, their_error = (
+        relative_error(float64(fused)(x.double()), expected) for fused in (ours, theirs)
+    )
     assert ours_error <= their_error < 1e-6
     assert relative_error(ours(x), expected) < 1e-6
 

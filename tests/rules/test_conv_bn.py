@@ -19,7 +19,9 @@ def refusal(net: nn.Module, x: torch.Tensor) -> Any:
     before = {key: value.clone() for key, value in net.state_dict().items()}
     outcome = fuse(net, x, groups=["conv", "bn"])
     assert (outcome.exit_code, outcome.model) == (4, None)
-    assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items() if not value.isnan().any())
+    assert all(
+        torch.equal(value, net.state_dict()[key]) for key, value in before.items() if not value.isnan().any()
+    )
     (refused,) = outcome.refused
     return refused
 
@@ -34,7 +36,10 @@ def test_case_22_sizes_differ(features: int) -> None:
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.InstanceNorm2d(6)], ids=repr)
 def test_case_32_norms_that_depend_on_their_input(norm: nn.Module) -> None:
-    assert refusal(nets.chain(conv=nn.Conv2d(3, 6, 3), bn=norm), nets.images(2, 3, 8, 8)).code == "batch-dependent"
+    assert (
+        refusal(nets.chain(conv=nn.Conv2d(3, 6, 3), bn=norm), nets.images(2, 3, 8, 8)).code
+        == "batch-dependent"
+    )
 
 
 def test_case_33_no_statistics() -> None:
@@ -42,6 +47,13 @@ def test_case_33_no_statistics() -> None:
     refused = refusal(net, nets.images(2, 3, 8, 8))
     assert refused.code == "no-statistics"
     assert "track_running_stats=False" in refused.reason
+
+
+def test_a_norm_that_lacks_eps() -> None:
+    net = nets.conv_bn()
+    net.bn.eps = None
+    refused = refusal(net, nets.images(2, 3, 8, 8))
+    assert (refused.code, "eps" in refused.reason) == ("no-statistics", True)
 
 
 @pytest.mark.parametrize("where", ["running_mean", "running_var", "weight", "bias"])
@@ -154,7 +166,7 @@ def test_case_34_extreme_statistics_are_exact() -> None:
     net = nets.chain(conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6)).double()
     net.bn.running_var[:4] = torch.tensor([0.0, 5e-324, 1e-310, 1e12], dtype=torch.float64)
     net.bn.weight.data[1:6] = torch.tensor([-3.0, 0.0, -1e-300, 0.0, 7.0], dtype=torch.float64)
-    outcome = fuse(net, nets.images(2, 3, 8, 8), groups=["conv", "bn"])
+    outcome = fuse(net, nets.images(2, 3, 8, 8, dtype=torch.float64), groups=["conv", "bn"])
     assert (outcome.exit_code, outcome.verification.float64_error < 1e-12) == (0, True)
     assert not outcome.model.conv.weight[4].any()
     assert torch.equal(outcome.model.conv.bias[4], net.bn.bias[4])
@@ -171,7 +183,9 @@ def test_case_37_the_dtype_is_the_layers(dtype: torch.dtype, norm_dtype: torch.d
     for name in ("weight", "bias"):
         value = getattr(exact.conv, name)
         off = (getattr(fused.conv, name).double() - value).abs()
-        assert bool((off <= value.abs() * torch.finfo(dtype).eps / 2 + torch.finfo(dtype).smallest_normal).all())
+        assert bool(
+            (off <= value.abs() * torch.finfo(dtype).eps / 2 + torch.finfo(dtype).smallest_normal).all()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,162 @@
+"""Findings weighed: what the checks saw becomes one verdict.
+
+Semantic   float64 twins of original and fused model agree, per group and end to end
+Drift      in the stored dtype, the fused model's error is at most 10 times the original's own
+Power      every group ran, and 1 % of error in its weights would have been noticed
+From disk  the stored tensors are the float64 fold, rounded once; the rest is unchanged
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fusecli.equivalence.compare import Difference
+from fusecli.equivalence.groups import GroupCheck
+from fusecli.equivalence.noise import drifts, tolerance
+from fusecli.outcome import Judgement, Verdict
+
+
+@dataclass
+class Findings:
+    """Collected on the way, `dtype` being the narrowest that is stored; the lists hold sentences.
+
+    erratic    why the model is no function of its input: it can be neither proven nor disproven end to end
+    unmeasured why there is no run in the stored dtype
+    misstored  which stored tensors do not hold the fold
+    broken     why the fused model does not run in the stored dtype, where the original does
+    """
+
+    checks: list[GroupCheck]
+    dtype: torch.dtype = torch.float32
+    end: Difference = field(default_factory=Difference)
+    inside: Difference = field(default_factory=Difference)
+    noise: float | None = None
+    drift: float | None = None
+    erratic: list[str] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
+    misstored: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    disk: str = ""
+    runs: int = 0
+
+    def note_stored(self, wrong: Sequence[str], total: int) -> None:
+        """The result of comparing `total` stored tensors; `wrong` are the keys of those that do not hold."""
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            self.misstored.append(f"stored tensors do not hold the fold: {', '.join(wrong[:3])}{more}")
+            self.disk = f"{len(wrong)} of {total} stored tensors do not hold the fold"
+        else:
+            self.disk = f"{total} stored tensors are the exact values, rounded once"
+
+    @property
+    def tolerance(self) -> float:
+        return tolerance(self.noise, self.dtype)
+
+    @property
+    def whole_differs(self) -> bool:
+        worst = max(self.end.error, self.inside.error)
+        return not self.erratic and worst > self.tolerance
+
+    @property
+    def too_far(self) -> bool:
+        overflown = (c.drift == math.inf and math.isfinite(c.noise_floor or 0.0) for c in self.checks)
+        far = drifts(self.drift, self.noise, self.dtype) or any(overflown) or bool(self.broken)
+        return not self.erratic and far
+
+
+def verdict_of(found: Findings, seed: int) -> Verdict:
+    """The verdict: the worst that one of the four checks says; its reasons are the definite ones first."""
+    groups = sorted(found.checks, key=lambda check: (check.order is None, check.order))
+    different = [check for check in groups if check.differs]
+    results = _results(found)
+    errors = [found.end.error, found.inside.error, *(check.difference.error for check in found.checks)]
+    return Verdict(
+        judgement=_worst(results),
+        float64_error=found.end.error if found.runs else None,
+        drift=found.drift,
+        noise_floor=found.noise,
+        tolerance=found.tolerance,
+        smallest_tolerance=max(errors) if max(errors) < math.inf else None,
+        first_different=different[0].members if different else None,
+        end_to_end=found.runs > 0,
+        samples=found.runs,
+        seed=seed,
+        checks=_sentences(found),
+        check_results=results,
+        reasons=(*_differences(found, different), *_doubts(found, groups)),
+    )
+
+
+def _worst(results: Mapping[str, Judgement]) -> Judgement:
+    for judgement in (Judgement.DIFFERENT, Judgement.INCONCLUSIVE):
+        if judgement in results.values():
+            return judgement
+    return Judgement.EQUIVALENT
+
+
+def _differences(found: Findings, different: Sequence[GroupCheck]) -> list[str]:
+    reasons = [f"{' + '.join(check.members)}: {check.why}" for check in different]
+    if found.whole_differs:
+        reasons.append(f"end to end: {_whole(found)}")
+    if found.too_far and not found.broken:
+        noise = f"10 times the noise floor {found.noise or 0.0:.1e}"
+        reasons.append(f"drift {found.drift or math.inf:.1e} is above {noise}")
+    return [*reasons, *found.broken, *found.misstored]
+
+
+def _whole(found: Findings) -> str:
+    if found.end.error > found.tolerance or found.end.why:
+        return found.end.why or f"relative error {found.end.error:.1e} in float64"
+    hidden = f"{found.inside.where} has a relative error of {found.inside.error:.1e}"
+    return f"the outputs do not show it, but {hidden}"
+
+
+def _doubts(found: Findings, groups: Sequence[GroupCheck]) -> list[str]:
+    unsure = [check for check in groups if check.judgement is Judgement.INCONCLUSIVE]
+    return [
+        *found.erratic,
+        *found.unmeasured,
+        *(f"{' + '.join(check.members)}: {check.why}" for check in unsure),
+    ]
+
+
+def _results(found: Findings) -> dict[str, Judgement]:
+    """What each of the four checks says by itself."""
+
+    def result(wrong: bool, unsure: bool) -> Judgement:
+        if wrong:
+            return Judgement.DIFFERENT
+        return Judgement.INCONCLUSIVE if unsure else Judgement.EQUIVALENT
+
+    checks = found.checks
+    differ = found.whole_differs or any(check.differs for check in checks)
+    unseen = any(not check.calls or check.undefined for check in checks if not check.differs)
+    blind = any(not check.calls or check.noticed <= check.tolerance for check in checks if not check.differs)
+    return {
+        "semantic": result(differ, bool(found.erratic) or unseen),
+        "drift": result(found.too_far, bool(found.unmeasured)),
+        "power": result(False, blind),
+        "from disk": result(bool(found.misstored), not found.disk),
+    }
+
+
+def _sentences(found: Findings) -> dict[str, str]:
+    checks, total = found.checks, len(found.checks)
+    equal = sum(check.calls > 0 and not check.differs and not check.undefined for check in checks)
+    noticed = sum(check.noticed > check.tolerance for check in checks)
+    end = f"{found.end.error:.1e}" if found.runs else "not run"
+    if found.inside.error > found.tolerance:
+        end += f", inside {found.inside.error:.1e}"
+    drift = "not measured end to end"
+    if found.drift is not None and found.noise is not None:
+        drift = f"{found.drift:.1e} against the original's own {found.noise:.1e} in the stored dtype"
+    return {
+        "semantic": f"{equal} of {total} groups equal in float64; end to end {end}",
+        "drift": f"{drift}, too far" if found.too_far else drift,
+        "power": f"{noticed} of {total} groups ran and notice 1 % of error in their weights",
+        "from disk": found.disk,
+    }

@@ -1,0 +1,53 @@
+"""What is judged: an original, its fold, and what is known of how one became the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Models in eval mode that share nothing.
+
+    original, fused   in the stored dtype; `fused` is what a user would load
+    exact             the original in float64 with the same fold, not rounded
+    groups            the members of every group, by path
+    folded, foreign   state-dict keys of the fold, and of them those a custom fuser computed
+    partly_fused      builds `exact` with the first n groups only, to find the one that breaks the whole
+    """
+
+    original: nn.Module
+    fused: nn.Module
+    exact: nn.Module
+    groups: tuple[tuple[str, ...], ...]
+    folded: Collection[str] = ()
+    foreign: Collection[str] = ()
+    partly_fused: Callable[[int], nn.Module] | None = None
+
+
+def with_exact_tensors(subject: Subject) -> nn.Module:
+    """The fused model itself in float64, with the fold's exact tensors.
+
+    So its own structure, attributes and code are run; its stored tensors are held against the exact ones.
+    """
+    exact = _tensors(subject.exact)
+    memo: dict[int, Any] = {
+        id(tensor): exact[name]
+        for name, tensor in _tensors(subject.fused).items()
+        if name in exact and exact[name].shape == tensor.shape
+    }
+    return copy.deepcopy(subject.fused, memo).double()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer that the state dict holds, under all its names."""
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    return {name: tensor for name, tensor in named.items() if name in model.state_dict()}

@@ -1,0 +1,114 @@
+"""The trail of a run: every floating tensor that a model computes outside its groups, as a few numbers.
+
+An output may be blind (an argmax, a saturated sigmoid) where each group is right by itself and the whole is
+not, because something reads a tensor inside a group. That shows in the first tensor computed from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fusecli.equivalence.compare import Difference
+
+Step = tuple[str, tuple[int, ...], float, float]  # name, shape, size of what it was made from, projection
+
+
+@dataclass(frozen=True)
+class Trail:
+    """The steps of one run; the n-th step of a model and the n-th of its fold are the same operation."""
+
+    steps: list[Step]
+
+    def against(self, other: Trail) -> Difference:
+        """The step that differs most in the other run.
+
+        No difference where the two runs are not the same operations: then the outputs have to tell.
+        """
+        if [step[:2] for step in self.steps] != [step[:2] for step in other.steps]:
+            return Difference()
+        worst = Difference()
+        for number, ((name, shape, size, mine), (*_, theirs)) in enumerate(
+            zip(self.steps, other.steps, strict=True)
+        ):
+            if size and math.isfinite(size) and mine != theirs:
+                error = abs(mine - theirs) / (size * math.sqrt(math.prod(shape)))
+                worst = worst.worse(Difference(error, f"step {number + 1} ({name})"))
+        return worst
+
+
+@contextmanager
+def followed(model: nn.Module, groups: Sequence[tuple[str, ...]]) -> Iterator[Trail]:
+    """Inside, every operation of the running `model` is noted, save those between the call of a group's first
+    member and the return of its last: what is there may have another value once the group is fused."""
+    within = [0]
+    handles = []
+
+    def step(by: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            within[0] += by
+
+        return hook
+
+    for group in groups:
+        handles.append(model.get_submodule(group[0]).register_forward_pre_hook(step(1), prepend=True))
+        handles.append(model.get_submodule(group[-1]).register_forward_hook(step(-1)))
+    trail = Trail([])
+    try:
+        with _Noting(trail.steps, within):
+            yield trail
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Noting(TorchFunctionMode):
+    def __init__(self, steps: list[Step], within: list[int]) -> None:
+        super().__init__()
+        self._steps, self._within = steps, within
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        sources = [] if self._within[0] else [_size(value) for value in _tensors((args, kwargs))]
+        result = func(*args, **(kwargs or {}))
+        if not self._within[0]:
+            for tensor in _tensors(result):
+                size = max([_size(tensor), *sources])
+                self._steps.append(
+                    (getattr(func, "__name__", ""), tuple(tensor.shape), size, _projection(tensor))
+                )
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.dtype is torch.float64 and value.layout is torch.strided and value.numel():
+            yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _size(tensor: Tensor) -> float:
+    """The largest magnitude: where large numbers cancel, what is left has the rounding of the large ones."""
+    least, most = torch.aminmax(tensor.detach())
+    return max(abs(float(least)), abs(float(most)))
+
+
+def _projection(tensor: Tensor) -> float:
+    """The sum of all elements, each with a weight of its own: tensors that differ hardly share it."""
+    flat = tensor.detach().reshape(-1)
+    weights = (
+        torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device).mul_(math.sqrt(2)).frac_()
+    )
+    return float((flat * weights.sub_(0.5)).sum())

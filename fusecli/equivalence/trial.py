@@ -1,0 +1,143 @@
+"""One sample through the float64 twins: group by group, inside, and end to end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
+from fusecli.equivalence.culprit import culprit
+from fusecli.equivalence.findings import Findings
+from fusecli.equivalence.groups import observed
+from fusecli.equivalence.run import Sample, changed_buffers, run
+from fusecli.equivalence.subject import Subject
+from fusecli.equivalence.trail import Trail, followed
+from fusecli.errors import Problem, UsageError
+
+_INNER_READER = (
+    "right by itself, but the model differs with it fused: something else reads a tensor inside it"
+)
+
+
+class NoTwin(Exception):
+    """The model runs, but not in float64."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The float64 twins of original and fused model on one sample; what is seen goes to `found`."""
+
+    subject: Subject
+    original: nn.Module
+    fused: nn.Module
+    sample: Sample
+    seed: int
+    found: Findings
+
+    def semantic(self, *, first: bool) -> Any:
+        """Group by group while the original runs, then end to end; returns the original's output.
+
+        The first sample is run twice, to see whether the model agrees with itself, and followed inside.
+        """
+        before = {name: buffer.clone() for name, buffer in self.original.named_buffers()}
+        reference = self._observed()
+        trail = self._again(reference, before) if first else None
+        groups, found = self.subject.groups, self.found
+        try:
+            with followed(self.fused, groups) if trail else nullcontext() as other:
+                output = run(self.fused, self.sample, seed=self.seed, dtype=torch.float64)
+        except Exception as error:  # whatever somebody's forward may raise
+            found.end = Difference(
+                math.inf, "output", f"the fused model raises {type(error).__name__}: {error}"
+            )
+            return reference
+        found.end = found.end.worse(compare(reference, output))
+        if trail and other:
+            found.inside = trail.against(other)
+        return reference
+
+    def _observed(self) -> Any:
+        found = self.found
+
+        def tell(number: int, inputs: Sample, output: Any) -> None:
+            check = found.checks[number]
+            check.semantic(inputs, output)
+            if check.order is None:
+                check.order = sum(other.order is not None for other in found.checks)
+
+        try:
+            with observed(self.original, self.subject.groups, tell) as trouble:
+                reference = run(self.original, self.sample, seed=self.seed, dtype=torch.float64)
+        except Incomparable:
+            raise
+        except Exception as error:  # whatever somebody's forward may raise
+            self._explain_failure(error)
+        for check, said in zip(found.checks, trouble, strict=True):
+            check.trouble = check.trouble or said
+        return reference
+
+    def _explain_failure(self, error: Exception) -> NoReturn:
+        """A model that does not run in its own dtype either got wrong inputs; else it has no float64 twin."""
+        try:
+            run(self.subject.original, self.sample, seed=self.seed)
+        except Exception as plain:
+            raise UsageError(
+                Problem(
+                    f"the model does not run on these inputs: {type(plain).__name__}: {plain}",
+                    "inputs",
+                    "give one entry per forward argument, with the shape and dtype it expects",
+                )
+            ) from plain
+        raise NoTwin(f"the model does not run in float64: {type(error).__name__}: {error}") from error
+
+    def _again(self, reference: Any, before: Mapping[str, Tensor]) -> Trail | None:
+        """The trail of a second run, with other random numbers; None, and a doubt, if it does not agree."""
+        with followed(self.original, self.subject.groups) as trail:
+            again = self._repeated(reference, self.seed + 1_000_003)
+        if again.error <= TOLERANCE:
+            return trail
+        doubt = f"returns NaN at {again.where}"
+        if not again.undefined:
+            doubt = f"disagrees with itself on the same input: {self._cause(reference, before)}"
+        self.found.erratic.append(f"the original model {doubt}")
+        return None
+
+    def _cause(self, reference: Any, before: Mapping[str, Tensor]) -> str:
+        if self._repeated(reference, self.seed).error <= TOLERANCE:
+            return "it draws random numbers"
+        if buffers := changed_buffers(before, self.original):
+            return f"it writes to its buffers {', '.join(buffers[:3])}"
+        return "it keeps a state outside its buffers, or draws random numbers that no seed controls"
+
+    def _repeated(self, reference: Any, seed: int) -> Difference:
+        return compare(reference, run(self.original, self.sample, seed=seed, dtype=torch.float64))
+
+    def locate(self, reference: Any) -> None:
+        """Names the group that breaks the whole where each group by itself is right."""
+        found, partly_fused = self.found, self.subject.partly_fused
+        if partly_fused is None or not found.whole_differs or any(check.differs for check in found.checks):
+            return
+        with followed(self.original, self.subject.groups) as trail:
+            run(self.original, self.sample, seed=self.seed, dtype=torch.float64)
+
+        def differs(count: int) -> bool:
+            try:
+                with followed(model := partly_fused(count), self.subject.groups) as other:
+                    output = run(model, self.sample, seed=self.seed, dtype=torch.float64)
+            except Exception:  # a model that half a fold breaks
+                return True
+            worst = max(compare(reference, output).error, trail.against(other).error)
+            return worst > found.tolerance
+
+        number = culprit(len(found.checks), differs)
+        if number is None:
+            why = "a fresh fold of the original agrees with it: something besides the tensors was changed"
+            found.end = replace(found.end, why=why)
+        else:
+            found.checks[number].trouble = _INNER_READER

@@ -1,0 +1,55 @@
+"""Small projects to run the program in: a model's code, its checkpoint and its spec in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.nets import randomise
+
+PAIR = """
+from collections import OrderedDict
+from torch import nn
+
+def build():
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6)))
+"""
+Project = Callable[..., Path]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Makes net.py, model.pt and fuse.yaml in the working folder, and returns that folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(
+        source: str = PAIR,
+        groups: Sequence[Any] = (("conv", "bn"),),
+        inputs: Any = ({"shape": [2, 3, 8, 8]},),
+        **keys: Any,
+    ) -> Path:
+        names: dict[str, Any] = {"__name__": "net"}
+        exec(compile(source, "net.py", "exec"), names)
+        torch.save(randomise(names["build"](), 0).state_dict(), "model.pt")
+        Path("net.py").write_text(source)
+        # A number such as 1e-05 is a number in JSON and YAML, so JSON will do.
+        spec = {"version": 1, "model": {"factory": "net.py:build"}, "inputs": inputs, "groups": groups, **keys}
+        spec = {"verify": {"samples": 1}, **spec}
+        Path("fuse.yaml").write_text(json.dumps({key: value for key, value in spec.items() if value is not None}))
+        return tmp_path
+
+    return make
+
+
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    """Replaces texts that occur exactly once."""
+    text = path.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)

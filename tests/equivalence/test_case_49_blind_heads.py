@@ -1,0 +1,66 @@
+"""Heads that show nothing of what goes on before them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusecli
+from fusecli.errors import ExitCode
+from fusecli.outcome import Judgement
+from tests.equivalence.nets import X, bn, changed, consistent, conv, fused, net, right_fold, straight, verdict
+
+HEADS = {
+    "argmax": lambda y: y.mean((2, 3)).argmax(1),
+    "one_argmax": lambda y: (y.mean((1, 2, 3)) > -1e9).long(),
+    "sigmoid": lambda y: (y + 1e4).sigmoid(),
+    "dead_relu": lambda y: (-y - 1).relu(),
+    "constant": lambda y: torch.ones(3),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_case_49_a_right_fold_is_equivalent(head: str) -> None:
+    outcome = fused(straight(HEADS[head]), ["conv", "bn", "relu"])
+    assert outcome.status == "fused", verdict(outcome)
+    assert consistent(verdict(outcome))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_case_49_a_wrong_fold_is_different(head: str) -> None:
+    model = straight(HEADS[head])
+    right = right_fold(model, ["conv", "bn", "relu"])
+    wrong = changed(right, "conv.0.weight", lambda w: w[0].neg_())
+    assert fusecli.verify(model, wrong, X).judgement is Judgement.DIFFERENT
+    right.conv[1].forward = lambda x: x  # the activation is gone; no tensor says so
+    judged = fusecli.verify(model, right, X)
+    assert (judged.judgement, judged.first_different) == (Judgement.DIFFERENT, ("conv", "bn", "relu"))
+    assert consistent(judged)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_case_49_a_second_reader_is_seen_behind_the_head(head: str) -> None:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        return HEADS[head](m.bn(y).relu() + 1e-3 * y)
+
+    outcome = fused(net(wiring, conv=conv(), bn=bn()))
+    assert outcome.exit_code is ExitCode.DIFFERENT
+    assert verdict(outcome).first_different == ("conv", "bn")
+
+
+def test_case_49_rounding_of_an_argmax_is_no_drift() -> None:
+    # Two equal logits: which of them is larger is a matter of the last bit, in every dtype but float64.
+    model = straight(lambda y: torch.stack([y * 0.1 * 3, y * 0.3], 1).argmax(1))
+    outcome = fused(model, ["conv", "bn", "relu"], x=X.repeat(8, 1, 1, 1))
+    assert verdict(outcome).drift is None
+    assert "not measured" in verdict(outcome).checks["drift"]
+    assert "drift" not in " ".join(verdict(outcome).reasons)
+
+
+def test_case_49_a_distance_of_zero_is_zero_but_for_rounding() -> None:
+    model = straight(lambda y: 1 - torch.cosine_similarity(y.flatten(1), 3 * y.flatten(1)))
+    assert fused(model, ["conv", "bn", "relu"]).status == "fused"

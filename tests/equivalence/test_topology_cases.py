@@ -1,0 +1,156 @@
+"""Lists that do not fit the dataflow: until it is recorded, the verifier has to see every one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fusecli
+from fusecli.errors import ExitCode
+from fusecli.outcome import Judgement, Outcome
+from tests.equivalence.nets import PAIR, Net, X, bn, consistent, conv, fused, net, verdict
+from tests.nets import images
+
+
+def assert_different(outcome: Outcome, *culprit: str) -> None:
+    judged = verdict(outcome)
+    assert (outcome.status, outcome.exit_code, outcome.model) == ("different", ExitCode.DIFFERENT, None)
+    assert judged.first_different == culprit
+    assert consistent(judged)
+
+
+def crossed(**attributes: Any) -> Net:
+    modules = {"conv1": conv(), "bn1": bn(), "conv2": conv(), "bn2": bn()}
+    return Net(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)))), **modules).eval()
+
+
+def test_case_01_crossed_pairs() -> None:
+    model = net(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)))), conv1=conv(), bn1=bn(), conv2=conv(), bn2=bn())
+    outcome = fused(model, ["conv1", "bn2"], ["conv2", "bn1"])
+    assert_different(outcome, "conv1", "bn2")
+    assert "bn1 ran before conv2" in " ".join(verdict(outcome).reasons)
+
+
+def test_case_02_crossed_pairs_with_fresh_statistics() -> None:
+    outcome = fused(crossed(), ["conv1", "bn2"], ["conv2", "bn1"])
+    assert_different(outcome, "conv1", "bn2")
+    assert verdict(outcome).float64_error < 1e-9  # the outputs are equal
+    assert [entry.where for entry in outcome.ledger if entry.kind == "statistics"] == ["bn2", "bn1"]
+
+
+BETWEEN = {
+    "03_relu": lambda m, x: m.bn(F.relu(m.conv(x))),
+    "04_max_pool": lambda m, x: m.bn(F.max_pool2d(m.conv(x), 2)),
+    "05_padded_avg_pool": lambda m, x: m.bn(F.avg_pool2d(m.conv(x), 3, padding=1)),
+    "05_zero_pad": lambda m, x: m.bn(F.pad(m.conv(x), (1, 1, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("case", BETWEEN)
+def test_case_03_to_05_something_between(case: str) -> None:
+    assert_different(fused(net(BETWEEN[case], conv=conv(), bn=bn())), *PAIR)
+
+
+SHARED = {
+    "07_conv_called_again_after": lambda m, x: (m.bn(m.conv(x)), m.conv(x)),
+    "07_conv_called_again_before": lambda m, x: (m.conv(x), m.bn(m.conv(x)))[1],
+    "10_bn_called_again": lambda m, x: (m.bn(m.conv(x)), m.bn(m.other(x))),
+    "10_bn_called_before": lambda m, x: m.bn(m.conv(m.bn(m.other(x)))),
+    "08_one_conv_two_bns": lambda m, x: (lambda y: (m.bn(y), m.bn2(y)))(m.conv(x)),
+    "11_conv_output_returned": lambda m, x: (lambda y: (m.bn(y), y))(m.conv(x)),
+    "11_conv_output_skips": lambda m, x: (lambda y: m.bn(y) + y)(m.conv(x)),
+    "16_weight_used_functionally": lambda m, x: m.bn(m.conv(x)) + F.conv2d(x, m.conv.weight, padding=1),
+    "16_weight_only_used_functionally": lambda m, x: m.bn(F.conv2d(x, m.conv.weight, m.conv.bias, padding=1)),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("head", ["plain", "argmax"])
+def test_case_07_08_10_11_16_something_shared(case: str, head: str) -> None:
+    def wiring(m: Any, x: Any) -> Any:
+        outputs = SHARED[case](m, x)
+        if head == "plain":
+            return outputs
+        return [y.mean((2, 3)).argmax(1) for y in (outputs if isinstance(outputs, tuple) else [outputs])]
+
+    assert_different(fused(net(wiring, conv=conv(), bn=bn(), other=conv(), bn2=bn())), *PAIR)
+
+
+def test_case_09_siamese_pair() -> None:
+    model = net(lambda m, a, b: m.bn(m.conv(a)) - m.bn(m.conv(b)), conv=conv(), bn=bn())
+    assert verdict(fused(model, x=(X, images(2, 3, 8, 8, seed=5)))).equivalent
+    interleaved = net(lambda m, a, b: (lambda p, q: (m.bn(p), m.bn(q)))(m.conv(a), m.conv(b)), conv=conv(), bn=bn())
+    assert verdict(fused(interleaved, x=(X, X + 1))).equivalent
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_case_12_bn_output_feeds_relu_and_a_skip(scale: float) -> None:
+    def wiring(m: Any, x: Any) -> Any:
+        y = m.bn2(m.conv2(m.bn1(m.conv1(x))))
+        return m.bn3(m.conv3(m.relu(y) + scale * y))
+
+    names = {"conv1": conv(), "bn1": bn(), "conv2": conv(), "bn2": bn(), "conv3": conv(), "bn3": bn()}
+    groups = [["conv1", "bn1"], ["conv2", "bn2", "relu"], ["conv3", "bn3"]]
+    outcome = fused(net(wiring, relu=nn.ReLU(), **names), *groups)
+    assert_different(outcome, "conv2", "bn2", "relu")
+    assert "right by itself" in verdict(outcome).reasons[0]
+    assert [report.status for report in outcome.groups] == ["equivalent", "different", "equivalent"]
+
+
+def test_case_13_one_relu_in_many_places() -> None:
+    model = net(
+        lambda m, x: m.relu(m.bn2(m.conv2(m.relu(m.bn(m.conv(x)))))),
+        **{"conv": conv(), "bn": bn(), "relu": nn.ReLU(), "conv2": conv(), "bn2": bn()},
+    )
+    outcome = fused(model, ["conv", "bn", "relu"])
+    assert outcome.exit_code in (ExitCode.DIFFERENT, ExitCode.REFUSED)
+    if outcome.verification:
+        assert_different(outcome, "conv", "bn", "relu")
+
+
+def aliased() -> Any:
+    shared = conv()
+    return net(lambda m, x: m.bn(m.a(x)) + m.b(x), a=shared, b=shared, bn=bn())
+
+
+def tied() -> Any:
+    model = net(lambda m, x: m.bn(m.a(x)) + m.b(x), a=conv(), b=conv(), bn=bn())
+    model.b.weight = model.a.weight
+    return model
+
+
+@pytest.mark.parametrize(("model", "code"), [(aliased(), "shared-module"), (tied(), "tied-weights")])
+def test_case_14_15_aliased_and_tied(model: Any, code: str) -> None:
+    outcome = fused(model, ["a", "bn"])
+    assert (outcome.status, [no.code for no in outcome.refused]) == ("refused", [code])
+    wrong = net(lambda m, x: m.bn(m.a(x)) + m.b(x), a=conv(), b=conv(), bn=bn())
+    wrong.a.load_state_dict(model.a.state_dict())
+    wrong.b.load_state_dict(model.b.state_dict())
+    wrong.bn.load_state_dict(model.bn.state_dict())
+    folded = fusecli.fuse_modules(wrong, ["a", "bn"])
+    with torch.no_grad():
+        folded.b.weight.copy_(folded.a.weight)  # the fold has changed both
+    assert fusecli.verify(model, folded, X).judgement is Judgement.DIFFERENT
+    del folded._fusecli_groups
+    assert fusecli.verify(model, folded, X).judgement is Judgement.DIFFERENT
+
+
+def test_case_19_linear_bn_on_the_wrong_axis() -> None:
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=nn.Linear(5, 4), bn=nn.BatchNorm1d(4))
+    assert_different(fused(model, x=images(3, 4, 5)), *PAIR)
+    assert fused(model, x=images(3, 5)).status == "fused"
+
+
+def test_case_23_unbatched_conv1d() -> None:
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv1d(3, 6, 3, padding=1), bn=nn.BatchNorm1d(6))
+    assert_different(fused(model, x=images(3, 6)), *PAIR)
+    assert fused(model, x=images(2, 3, 6)).status == "fused"
+
+
+def test_case_06_nothing_between() -> None:
+    model = net(lambda m, x: m.bn(F.dropout(m.conv(x), training=m.training)), conv=conv(), bn=bn())
+    assert fused(model).status == "fused"

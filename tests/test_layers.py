@@ -1,0 +1,91 @@
+"""The layers of the package: imports point down only, and what stands side by side does not know each other."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fusecli"
+LAYERS = (
+    {"errors"},
+    {"outcome"},
+    {"contents"},
+    {"spec", "algebra", "nn", "consent"},
+    {"rewrite", "graph", "checkpoint"},
+    {"rules", "equivalence", "report", "artifact"},
+    {"engine"},
+    {"jobs"},
+    {"api"},
+    {"cli"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every module that is imported, with its line: inside functions and under TYPE_CHECKING too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            # `from fusecli import rules` names the part of the package after the `import`.
+            own = node.module == "fusecli"
+            yield from ((f"{node.module}.{alias.name}" if own else str(node.module), node.lineno) for alias in node.names)
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def wrong_imports(source: str, owner: str) -> list[str]:
+    """Imports of a file that belongs to `owner` which do not point down."""
+    found = []
+    for name, line in imports(ast.parse(source)):
+        package, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if package == "fusecli" and target != owner and not LEVEL[target] < LEVEL[owner]:
+            found.append(f"line {line}: {owner} imports {target}")
+    return found
+
+
+def test_every_part_of_the_package_has_a_layer():
+    parts = {part(path) for path in FILES} - {"__init__"}
+    assert parts == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    if part(path) == "__init__":
+        return  # the front door: it names the API, and imports it only when it is used
+    assert wrong_imports(path.read_text(encoding="utf-8"), part(path)) == []
+
+
+def test_a_wrong_import_is_seen():
+    assert wrong_imports("from fusecli.engine import plan", "rules") == ["line 1: rules imports engine"]
+    assert wrong_imports("import fusecli.graph.kinds", "rewrite") == ["line 1: rewrite imports graph"]
+    assert wrong_imports("def f():\n    from fusecli import api", "jobs") == ["line 2: jobs imports api"]
+    hidden = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fusecli.report import as_json"
+    assert wrong_imports(hidden, "outcome") == ["line 3: outcome imports report"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_needs_what_torch_removes(path):
+    text = path.read_text(encoding="utf-8")
+    names = {name for name, _ in imports(ast.parse(text))}
+    assert not [name for name in names if name.startswith(("torch.ao", "torch.quantization"))]
+
+
+def test_report_spec_and_cli_need_no_torch_to_be_imported():
+    for path in FILES:
+        if part(path) in ("report", "spec", "cli", "outcome", "errors", "contents", "consent"):
+            found = [name for name, _ in imports(ast.parse(path.read_text(encoding="utf-8")))]
+            assert not [name for name in found if name.partition(".")[0] == "torch"], path
+
+
+def test_names_say_something():
+    assert not [path for path in FILES if VAGUE & set(path.relative_to(PACKAGE).with_suffix("").parts)]

@@ -1,0 +1,106 @@
+"""What needs no tensors does not import torch, which takes seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Refuses the import itself: a torch that was imported and forgotten again would be as slow.
+PROGRAM = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "safetensors", "numpy"):
+            sys.stderr.write(f"IMPORTED {name}\\n")
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoTorch())
+"""
+COMMAND = PROGRAM + "from fusecli.cli import main\nmain()\n"
+
+
+def run(program: str, *words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "80", **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--help"], "Exit codes"),
+        (["fuse", "--help"], "--allow-pickle"),
+        (["verify", "--help"], "CHECKPOINT"),
+        (["inspect", "--help"], "nothing in it is"),
+        (["--version"], "fusecli "),
+        (["rules"], "conv_transpose_bn"),
+        (["rules", "conv_bn"], "Equation"),
+        (["schema"], '"groups"'),
+    ],
+    ids=" ".join,
+)
+def test_commands_that_only_talk(words, expected):
+    ended = run(COMMAND, *words)
+    assert ended.returncode == 0, ended.stderr
+    assert expected.lower() in ended.stdout.lower()
+    assert "IMPORTED" not in ended.stderr
+
+
+@pytest.mark.parametrize("line", ["fusecli ", "fusecli fuse --", "fusecli rules "])
+def test_shell_completion(line):
+    words = line.split(" ")
+    ended = run(
+        # The shell's script calls the program under this name, with the line in the environment.
+        PROGRAM + "sys.argv = ['fusecli']\nfrom fusecli.cli import main\nmain()\n",
+        _FUSECLI_COMPLETE="complete_bash",
+        COMP_WORDS=line,
+        COMP_CWORD=str(len(words) - 1),
+    )
+    assert "IMPORTED" not in ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    if line == "fusecli ":
+        assert {"fuse", "verify", "rules"} <= set(ended.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (["fuse", "model.pt", "--spec", "bad.yaml"], 2, "did you mean 'groups'?"),
+        (["fuse", "model.pt", "--spec", "none.yaml"], 2, "no such spec file"),
+        (["verify", "model.pt", "fused.pt", "--spec", "bad.yaml"], 2, "did you mean 'groups'?"),
+        (["fuse", "model.pt"], 2, "--spec"),
+        (["fuse", "model.pt", "--spec", "bad.yaml", "--report", "xml=x"], 2, "json=PATH or md=PATH"),
+        (["rules", "conv_bm"], 2, "did you mean 'conv_bn'?"),
+        (["fuze"], 2, "fuse"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_are_told_at_once(tmp_path, words, code, expected):
+    (tmp_path / "bad.yaml").write_text("version: 1\ngroup: [[conv1, bn1]]\n")
+    ended = run(COMMAND, *words, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert expected in ended.stderr
+    assert "IMPORTED" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_import_fusecli():
+    ended = run(PROGRAM + "import fusecli\nprint(dir(fusecli), hasattr(fusecli, 'nothing'))\n")
+    assert "IMPORTED" not in ended.stderr
+    assert "load_fused" in ended.stdout
+    assert ended.stdout.endswith("False\n")
+
+
+def test_the_api_does_import_it():
+    ended = run(PROGRAM + "import fusecli\nfusecli.fuse\n")
+    assert "IMPORTED torch" in ended.stderr
+    assert ended.returncode != 0
