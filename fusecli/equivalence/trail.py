@@ -30,16 +30,16 @@ class Trail:
     def against(self, other: Trail) -> Difference:
         """The step that differs most in the other run.
 
-        No difference where the two runs are not the same operations: then the outputs have to tell.
+        Where a run goes another way (a forward that asks for the class of a module), what comes after is not
+        compared: then the outputs have to tell.
         """
-        if [step[:2] for step in self.steps] != [step[:2] for step in other.steps]:
-            return Difference()
         worst = Difference()
-        for number, ((name, shape, size, mine), (*_, theirs)) in enumerate(
-            zip(self.steps, other.steps, strict=True)
-        ):
-            if size and math.isfinite(size) and mine != theirs:
-                error = abs(mine - theirs) / (size * math.sqrt(math.prod(shape)))
+        for number, (mine, theirs) in enumerate(zip(self.steps, other.steps, strict=False)):
+            if mine[:2] != theirs[:2]:
+                break
+            name, shape, size, projection = mine
+            if size and math.isfinite(size) and projection != theirs[3]:
+                error = abs(projection - theirs[3]) / (size * math.sqrt(math.prod(shape)))
                 worst = worst.worse(Difference(error, f"step {number + 1} ({name})"))
         return worst
 
