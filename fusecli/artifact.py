@@ -75,7 +75,7 @@ def replay(model: nn.Module, edits: Iterable[Edit], where: str) -> None:
     """Does a manifest's edits; raises UsageError where the model has not got the modules they speak of."""
     try:
         apply_edits(ModuleTree(model), edits)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise UsageError(
             Problem(
                 f"its edits do not fit {type(model).__name__}: {error}",
@@ -97,7 +97,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str) -> Non
     problems += _shapes(state, expected, where)
     if problems:
         raise UsageError(*problems)
-    ties = _tied(model)
+    ties = ties_of(model)
     moved = {
         key: _at_home(value, expected[key]) if isinstance(value, Tensor) else value for key, value in state.items()
     }
@@ -106,7 +106,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str) -> Non
     except RuntimeError as error:
         raise UsageError(Problem(str(error).partition("\n\t")[2] or str(error), where)) from error
     assert not missing
-    _tie(model, ties)
+    tie(model, ties)
 
 
 def _at_home(tensor: Tensor, place: Any) -> Tensor:
@@ -145,14 +145,16 @@ def _shapes(state: Mapping[str, Any], expected: Mapping[str, Any], where: str) -
     ]
 
 
-def _tied(model: nn.Module) -> list[list[str]]:
+def ties_of(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return [tied for tied in names.values() if len(tied) > 1]
 
 
-def _tie(model: nn.Module, ties: list[list[str]]) -> None:
+def tie(model: nn.Module, ties: list[list[str]]) -> None:
+    """Makes one parameter of each list of names again: that of the first."""
     for first, *others in ties:
         parameter = model.get_parameter(first)
         for name in others:
@@ -165,4 +167,11 @@ def _with_fuser(edit: Edit, model: nn.Module, consent: Consent, folder: Path | N
     if not isinstance(edit, Opaque):
         return edit
     fuser = load_object(edit.fuser, consent, folder)
-    return replace(edit, result=fuser(False, *(model.get_submodule(path) for path in edit.members)))
+    try:
+        result = fuser(False, *(model.get_submodule(path) for path in edit.members))
+    except Exception as error:  # whatever somebody's fuser may raise, and members that are not there
+        raise UsageError(Problem(f"raised {type(error).__name__}: {error}", f"fuser {edit.fuser}")) from error
+    if not isinstance(result, nn.Module):
+        message = f"returned a {type(result).__name__}, not an nn.Module"
+        raise UsageError(Problem(message, f"fuser {edit.fuser}"))
+    return replace(edit, result=result)

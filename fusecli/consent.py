@@ -98,11 +98,17 @@ def load_object(reference: str, consent: Consent, folder: Path | None = None) ->
 
 
 def load_class(name: str, consent: Consent, folder: Path | None = None) -> type:
-    """The class of a dotted name, which lies in torch or in an allowed package; same errors as load_object."""
+    """The class of a dotted name in torch or an allowed package, or of "net.py:Class" in an allowed file.
+
+    Raises what load_object does.
+    """
     module, _, attribute = name.rpartition(".")
-    if module.partition(".")[0] != "torch":
-        consent.require(name, module)
-    found = _attribute(_import_module(module, name, folder or Path.cwd()), attribute, name)
+    if ":" in name:
+        found = load_object(name, consent, folder)
+    elif module.partition(".")[0] == "torch":
+        found = _attribute(_import_module(module, name, folder or Path.cwd()), attribute, name)
+    else:
+        found = load_object(f"{module}:{attribute}", consent, folder)
     if not isinstance(found, type):
         raise UsageError(Problem(f"is a {type(found).__name__}, not a class", name))
     return found

@@ -40,6 +40,7 @@ class GroupCheck:
     undefined: bool = False
     _perturbed: list[nn.Module] = field(default_factory=list, repr=False)
 
+    @torch.no_grad()  # the forward around may have enabled gradients
     def semantic(self, inputs: Sample, observed: Any) -> None:
         """Float64: the fused group on the input of the first member, against the output of the last."""
         self.calls += 1
@@ -52,6 +53,7 @@ class GroupCheck:
             if self.noticed <= TOLERANCE:
                 self.noticed = max(self.noticed, _against(observed, self._noisy(), inputs).error)
 
+    @torch.no_grad()
     def stored(self, inputs: Sample, observed: Any) -> None:
         """Stored dtype: the errors of both groups against float64 on the very same input."""
         with float64_arithmetic():

@@ -45,7 +45,7 @@ def judge(
             found.erratic.append(str(odd))
             break
         found.runs += 1
-        trial.locate(reference)
+        trial.locate()
     return verdict_of(found, seed), found.checks
 
 

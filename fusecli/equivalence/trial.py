@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -20,6 +19,7 @@ from fusecli.equivalence.subject import Subject
 from fusecli.equivalence.trail import Trail, followed
 from fusecli.errors import Problem, UsageError
 
+_OTHER_SEED = 1_000_003
 _INNER_READER = (
     "right by itself, but the model differs with it fused: something else reads a tensor inside it"
 )
@@ -43,24 +43,29 @@ class Trial:
     def semantic(self, *, first: bool) -> Any:
         """Group by group while the original runs, then end to end; returns the original's output.
 
-        The first sample is run twice, to see whether the model agrees with itself, and followed inside.
+        Both run the first sample twice: to see whether the original agrees with itself, and to be followed.
         """
         before = {name: buffer.clone() for name, buffer in self.original.named_buffers()}
         reference = self._observed()
         trail = self._again(reference, before) if first else None
-        groups, found = self.subject.groups, self.found
+        found = self.found
         try:
-            with followed(self.fused, groups) if trail else nullcontext() as other:
-                output = run(self.fused, self.sample, seed=self.seed, dtype=torch.float64)
+            output = run(self.fused, self.sample, seed=self.seed, dtype=torch.float64)
+            if trail:
+                found.inside = trail.against(self._followed(self.fused)[0])
         except Exception as error:  # whatever somebody's forward may raise
             found.end = Difference(
                 math.inf, "output", f"the fused model raises {type(error).__name__}: {error}"
             )
             return reference
         found.end = found.end.worse(compare(reference, output))
-        if trail and other:
-            found.inside = trail.against(other)
         return reference
+
+    def _followed(self, model: nn.Module) -> tuple[Trail, Any]:
+        """The trail of a run with other random numbers than the first, and its output."""
+        with followed(model, self.subject.groups) as trail:
+            output = run(model, self.sample, seed=self.seed + _OTHER_SEED, dtype=torch.float64)
+        return trail, output
 
     def _observed(self) -> Any:
         found = self.found
@@ -98,8 +103,7 @@ class Trial:
 
     def _again(self, reference: Any, before: Mapping[str, Tensor]) -> Trail | None:
         """The trail of a second run, with other random numbers; None, and a doubt, if it does not agree."""
-        with followed(self.original, self.subject.groups) as trail:
-            output = self._repeated(self.seed + 1_000_003)
+        trail, output = self._followed(self.original)
         again = compare(reference, output)
         if again.error <= TOLERANCE:
             return trail
@@ -110,27 +114,24 @@ class Trial:
         return None
 
     def _cause(self, reference: Any, before: Mapping[str, Tensor]) -> str:
-        if compare(reference, self._repeated(self.seed)).error <= TOLERANCE:
+        again = run(self.original, self.sample, seed=self.seed, dtype=torch.float64)
+        if compare(reference, again).error <= TOLERANCE:
             return "it draws random numbers"
         if buffers := changed_buffers(before, self.original):
             return f"it writes to its buffers {', '.join(buffers[:3])}"
         return "it keeps a state outside its buffers, or draws random numbers that no seed controls"
 
-    def _repeated(self, seed: int) -> Any:
-        return run(self.original, self.sample, seed=seed, dtype=torch.float64)
-
-    def locate(self, reference: Any) -> None:
+    def locate(self) -> None:
         """Names the group that breaks the whole where each group by itself is right."""
         found, partly_fused = self.found, self.subject.partly_fused
         if partly_fused is None or not found.whole_differs or any(check.differs for check in found.checks):
             return
-        with followed(self.original, self.subject.groups) as trail:
-            self._repeated(self.seed)
+        # Not the twin itself, whose state its runs have changed.
+        trail, reference = self._followed(partly_fused(0))
 
         def differs(count: int) -> bool:
             try:
-                with followed(model := partly_fused(count), self.subject.groups) as other:
-                    output = run(model, self.sample, seed=self.seed, dtype=torch.float64)
+                other, output = self._followed(partly_fused(count))
             except Exception:  # a model that half a fold breaks
                 return True
             worst = max(compare(reference, output).error, trail.against(other).error)

@@ -26,6 +26,7 @@ from fusecli.outcome import GroupReport, LedgerEntry, Refusal
 from fusecli.rewrite import MANIFEST_KEY, GroupRecord, KeyMap, Manifest, ModuleTree, Rewrite, apply_edits
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Ranges = tuple[float | None, float | None]
 
 
 class Refused(Exception):
@@ -49,7 +50,7 @@ class Fold:
     hints: list[dict[str, Any]]
     modules: dict[str, nn.Module]
     layout: Layout = field(default_factory=dict)
-    ranges: dict[int, tuple[float, float]] = field(default_factory=dict)
+    ranges: dict[int, Ranges] = field(default_factory=dict)
 
     @property
     def keymap(self) -> KeyMap:
@@ -229,22 +230,25 @@ def _modules(source: Source, tree: ModuleTree, decision: Decision, *, real: bool
     return {path: source.member(path, module) for path, module in found.items()} if real else found
 
 
-def weight_range(layer: nn.Module, rewrite: Rewrite, path: str) -> tuple[float, float]:
-    """Largest over smallest per-channel |weight|, before and after: what per-tensor int8 would suffer from."""
+def weight_range(layer: nn.Module, rewrite: Rewrite, path: str) -> Ranges:
+    """Largest over smallest per-channel |weight|, before and after: what per-tensor int8 would suffer from.
+
+    None where nothing was computed, or every channel is dead.
+    """
     old, new = layer._parameters.get("weight"), rewrite.tensors.get(f"{path}.weight")
     if old is None or new is None:
-        return float("nan"), float("nan")
+        return None, None
     groups, transposed = int(getattr(layer, "groups", 1)), kind_of(layer) == "conv_transpose"
     return _range(unpack(old.detach(), groups, transposed)), _range(unpack(new, groups, transposed))
 
 
-def _range(weight: Tensor) -> float:
+def _range(weight: Tensor) -> float | None:
     # Some rows at a time: as much as torch works on without waking its other threads, and no copy.
     rows = weight.flatten(0, 1).flatten(1)
     blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
     largest = torch.cat([torch.maximum(block.amax(1), -block.amin(1)) for block in blocks]).double()
     alive = largest[largest > 0]
-    return float(alive.max() / alive.min()) if alive.numel() else float("nan")
+    return float(alive.max() / alive.min()) if alive.numel() else None
 
 
 def _hints(tree: ModuleTree, decision: Decision) -> dict[str, Any]:

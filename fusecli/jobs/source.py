@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fusecli.artifact import load_strictly, loaded
+from fusecli.artifact import load_strictly, loaded, tie, ties_of
 from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent, load_class, load_object
 from fusecli.engine import CustomFuser, Group, Vocabulary
@@ -47,7 +47,8 @@ class Source:
                 model = self.build()
         except UsageError:
             model = self.build()  # a factory that computes with its weights cannot be built without numbers
-        model = with_tensors(model, lambda _, old: old.to("meta"))
+        ties = ties_of(model)  # moving a module makes a parameter of each of its names
+        tie(model.to("meta"), ties)
         stored = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in self.checkpoint.tensors.items()

@@ -59,7 +59,7 @@ class Page:
         """Like `hanging`; a command that needs several lines is written so that a shell takes it back."""
         shown, room = self.show(text), self.width - 13
         if cell_len(shown) > room and shown.startswith("fusecli ") and not _QUOTES.intersection(shown):
-            parts = list(wrapped(shown, room - 2))
+            parts = list(wrapped(shown, room - 2, whole_words=True))
             self._beside(label, [f"{part} \\" for part in parts[:-1]] + parts[-1:], "bold", "bold", 13)
         else:
             self.hanging(label, text, style="bold", label_style="bold")
@@ -71,8 +71,11 @@ class Page:
             lead = " " * column
 
 
-def wrapped(text: str, width: int) -> Iterator[str]:
-    """Lines of at most `width` cells, broken at spaces; a word that is longer is broken where it must be."""
+def wrapped(text: str, width: int, *, whole_words: bool = False) -> Iterator[str]:
+    """Lines of at most `width` cells, broken at spaces; a word that is longer is broken where it must be.
+
+    whole_words: it sticks out instead, as the path in a command has to.
+    """
     line = ""
     for word in text.split(" "):
         joined = f"{line} {word}" if line else word
@@ -81,7 +84,7 @@ def wrapped(text: str, width: int) -> Iterator[str]:
             continue
         if line:
             yield line
-        *full, line = _pieces(word, width)
+        *full, line = [word] if whole_words else _pieces(word, width)
         yield from full
     yield line
 

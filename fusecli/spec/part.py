@@ -55,10 +55,11 @@ def _code(text: str) -> str:
     raise problem(f"{shown(text)} does not name Python code", fix)
 
 
-def _dotted_class(text: str) -> str:
-    if _CLASS.fullmatch(text):
+def _class_name(text: str) -> str:
+    if _CLASS.fullmatch(text) or _FILE_CODE.fullmatch(text):
         return text
-    raise problem(f"{shown(text)} does not name a class", "write it with its module: 'torch.nn.Conv2d'")
+    fix = "write it with its module or file: 'torch.nn.Conv2d' or 'net.py:MyNorm'"
+    raise problem(f"{shown(text)} does not name a class", fix)
 
 
 def _countable(number: int) -> int:
@@ -92,4 +93,4 @@ Count = Annotated[
 ]
 Eps = Annotated[float, BeforeValidator(_read_eps), WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
 Code = Annotated[str, BeforeValidator(read_text), AfterValidator(_code)]
-ClassName = Annotated[str, BeforeValidator(read_text), AfterValidator(_dotted_class)]
+ClassName = Annotated[str, BeforeValidator(read_text), AfterValidator(_class_name)]

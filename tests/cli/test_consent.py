@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -23,7 +25,9 @@ ALLOWING = '[tool.fusecli]\nallow-code = ["{}"]\n'
 
 @pytest.fixture
 def folder(project):
-    return project(MARKED)
+    made = project()
+    (made / "net.py").write_text(MARKED)
+    return made
 
 
 def test_nobody_to_ask(cli, folder):
@@ -135,9 +139,17 @@ def on_a_terminal(answer: str, *words: str) -> tuple[int, str]:
     controller, terminal = pty.openpty()
     program = [sys.executable, "-c", "from fusecli.cli import main; main()", *words]
     environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
-    process = subprocess.Popen(program, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    process = subprocess.Popen(
+        program,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+    )
     os.close(terminal)
-    screen, asked, patience = b"", False, time.monotonic() + 120
+    screen, asked, patience = b"", False, time.monotonic() + 60
     while time.monotonic() < patience:
         if not asked and b"[y/N] " in screen:
             os.write(controller, answer.encode())

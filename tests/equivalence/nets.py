@@ -76,5 +76,7 @@ def changed(model: nn.Module, name: str, change: Callable[[Tensor], Any]) -> Any
 def consistent(verdict: Verdict) -> bool:
     """The worst of the four checks is the judgement, and what is not proven has a reason."""
     found = set(verdict.check_results.values())
-    worst = next((j for j in (Judgement.DIFFERENT, Judgement.INCONCLUSIVE) if j in found), Judgement.EQUIVALENT)
+    worst = next(
+        (j for j in (Judgement.DIFFERENT, Judgement.INCONCLUSIVE) if j in found), Judgement.EQUIVALENT
+    )
     return verdict.judgement is worst and bool(verdict.reasons) is (worst is not Judgement.EQUIVALENT)

@@ -16,7 +16,7 @@ from fusecli.outcome import Judgement
 from tests.equivalence.nets import X, bn, changed, conv, fused, net, right_fold, straight, verdict
 from tests.nets import images
 
-Pair = namedtuple("Pair", "boxes scores")  # noqa: PYI024  (the untyped kind is what models use)
+Pair = namedtuple("Pair", "boxes scores")
 
 
 @dataclass

@@ -76,7 +76,9 @@ def test_case_47_a_state_that_no_output_shows_is_fine(head: Any) -> None:
 
 def test_case_47_forward_writes_to_its_input() -> None:
     x = X.clone()
-    assert fused(net(lambda m, x: m.bn(m.conv(x.mul_(2).add_(1))), conv=conv(), bn=bn()), x=x).status == "fused"
+    assert (
+        fused(net(lambda m, x: m.bn(m.conv(x.mul_(2).add_(1))), conv=conv(), bn=bn()), x=x).status == "fused"
+    )
     assert torch.equal(x, X)
 
 

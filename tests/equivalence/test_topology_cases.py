@@ -29,7 +29,9 @@ def crossed(**attributes: Any) -> Net:
 
 
 def test_case_01_crossed_pairs() -> None:
-    model = net(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)))), conv1=conv(), bn1=bn(), conv2=conv(), bn2=bn())
+    model = net(
+        lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)))), conv1=conv(), bn1=bn(), conv2=conv(), bn2=bn()
+    )
     outcome = fused(model, ["conv1", "bn2"], ["conv2", "bn1"])
     assert_different(outcome, "conv1", "bn2")
     assert "bn1 ran before conv2" in " ".join(verdict(outcome).reasons)
@@ -83,7 +85,9 @@ def test_case_07_08_10_11_16_something_shared(case: str, head: str) -> None:
 def test_case_09_siamese_pair() -> None:
     model = net(lambda m, a, b: m.bn(m.conv(a)) - m.bn(m.conv(b)), conv=conv(), bn=bn())
     assert verdict(fused(model, x=(X, images(2, 3, 8, 8, seed=5)))).equivalent
-    interleaved = net(lambda m, a, b: (lambda p, q: (m.bn(p), m.bn(q)))(m.conv(a), m.conv(b)), conv=conv(), bn=bn())
+    interleaved = net(
+        lambda m, a, b: (lambda p, q: (m.bn(p), m.bn(q)))(m.conv(a), m.conv(b)), conv=conv(), bn=bn()
+    )
     assert verdict(fused(interleaved, x=(X, X + 1))).equivalent
 
 

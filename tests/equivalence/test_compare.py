@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import pytest
+import torch
+
+from fusecli.equivalence.compare import Incomparable, compare, floating_error
+from fusecli.equivalence.trail import Trail
+
+NAN, INF = math.nan, math.inf
+T = torch.tensor
+
+
+class Colour(Enum):
+    RED = 1
+    BLUE = 2
+
+
+@dataclass
+class Point:
+    x: Any
+    y: Any
+
+
+EQUAL = [
+    (T([1.0, INF, -INF]), T([1.0, INF, -INF])),
+    (T([]), T([])),
+    (T([0.0, -0.0]), T([-0.0, 0.0])),
+    (T([1 + 2j]), T([1 + 2j])),
+    (T([1, 2]), T([1, 2])),
+    (T([True]), T([True])),
+    (T([0.0, 1e-18], dtype=torch.float64), T([1e-18, 0.0], dtype=torch.float64)),  # zero but for rounding
+    (T([1.5], dtype=torch.bfloat16), T([1.5], dtype=torch.float64)),
+    (None, None),
+    (0.1 + 0.2, 0.3),
+    ("a", "a"),
+    (Colour.RED, Colour.RED),
+    ({"a": [(1, T(2.0))]}, {"a": [(1, T(2.0))]}),
+    (Point(1, T(2.0)), Point(1, T(2.0))),
+    (torch.eye(2).to_sparse(), torch.eye(2).to_sparse()),
+    (frozenset({1}), frozenset({1})),
+]
+UNEQUAL = [
+    (T([NAN]), T([NAN])),
+    (T([1.0]), T([NAN])),
+    (T([INF]), T([-INF])),
+    (T([INF]), T([1.0])),
+    (T([1.0]), T([INF])),
+    (T([1.0]), T([[1.0]])),
+    (T([]), T([1.0])),
+    (T([1]), T([1.0])),
+    (T([1]), T([2])),
+    (T([1.0 + 0j]), T([1.0])),
+    (T([0.0]), T([1e-3])),
+    (T(1.0), 1.0),
+    (1, 1.0),
+    (1, True),
+    (None, 0),
+    ("a", "b"),
+    (Colour.RED, Colour.BLUE),
+    ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+    ({"a": 1}, {"a": 1, "b": 2}),
+    ([1], (1,)),
+    ([1, 2], [1]),
+    (Point(1, 2), Point(1, 3)),
+    ({1}, {2}),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), EQUAL, ids=lambda value: repr(value)[:40])
+def test_equal(a: Any, b: Any) -> None:
+    assert compare(a, b).error < 1e-12
+
+
+@pytest.mark.parametrize(("a", "b"), UNEQUAL, ids=lambda value: repr(value)[:40])
+def test_unequal(a: Any, b: Any) -> None:
+    assert compare(a, b).error == INF
+    assert compare(a, b).why
+
+
+def test_the_worst_leaf_is_named() -> None:
+    difference = compare({"a": [T([2.0, 4.0]), T(1.0)]}, {"a": [T([2.0, 3.0]), T(1.1)]})
+    assert (difference.error, difference.where) == (0.25, "output['a'][0]")
+
+
+def test_python_numbers_keep_all_their_digits() -> None:
+    assert compare(1.0, 1.0 + 1e-8).error == pytest.approx(1e-8, rel=1e-6)
+    assert compare(1j, 1j + 1e-8).error == pytest.approx(1e-8, rel=1e-6)
+
+
+def test_small_numbers_that_are_no_residue_count() -> None:
+    small = T([1e-9, 0.0], dtype=torch.float64)
+    assert compare(small, small * 1.5).error == pytest.approx(0.5)
+
+
+def test_nan_of_the_original_is_told_from_nan_of_the_fused() -> None:
+    assert compare(T([NAN]), T([1.0])).undefined
+    assert not compare(T([1.0]), T([NAN])).undefined
+
+
+@pytest.mark.parametrize("odd", [object(), print, slice(1), int, iter(())])
+def test_unknown_objects_are_incomparable(odd: Any) -> None:
+    with pytest.raises(Incomparable):
+        compare([odd], [odd])
+
+
+def test_what_holds_itself_is_incomparable() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(Incomparable):
+        compare(loop, loop)
+
+
+def test_floating_error_sees_no_integers_and_no_structure() -> None:
+    assert floating_error((T([1]), T([1.0])), (T([2]), T([1.5]))) == 0.5
+    assert floating_error((T([1]), "a"), (T([2]), "b")) is None
+    assert floating_error(T([1.0]), T([NAN])) == INF
+
+
+def test_a_trail_knows_single_elements_and_forgives_cancellation() -> None:
+    a, b = [("add", (4,), 1.0, 0.25)], [("add", (4,), 1.0, 0.25 + 2e-6)]
+    assert Trail(a).against(Trail(b)).error == pytest.approx(1e-6)
+    large = [("sub", (4,), 1e12, 0.25)], [("sub", (4,), 1e12, 0.25 + 2e-6)]
+    assert Trail(large[0]).against(Trail(large[1])).error < 1e-9
+    assert Trail(a).against(Trail([("mul", (4,), 1.0, 9.0)])).error == 0.0
