@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ from fusecli.graph.kinds import FOLDABLE, is_exact, is_norm, kind_of, without_st
 from fusecli.graph.materialise import with_tensors
 from fusecli.outcome import LedgerEntry, Refusal
 from fusecli.rewrite import ModuleTree, Opaque, Rewrite, apply_rewrite
-from fusecli.rules import all_rules
+from fusecli.rules import Rule, all_rules
 from fusecli.rules._member import Member
 
 Modules = Mapping[str, nn.Module]
@@ -171,11 +172,11 @@ class _Uses:
             f"{path} is the same module as another name of the model",
             remedy="give each place its own module",
         )
-        tied = [f"{path}.{n}" for n, p in module.named_parameters() if self._parameters[id(p)] > 1]
+        tied = [n for n, p in module.named_parameters() if self._parameters[id(p)] > 1]
         require(
             not tied,
             "tied-weights",
-            f"{', '.join(tied)} is tied to a parameter of another module, which the fold would change too",
+            f"{', '.join(f'{path}.{name}' for name in tied)} is tied to a parameter of another module, which the fold would change too",
             remedy="untie it (clone the parameter) before fusing",
         )
 
@@ -192,7 +193,7 @@ def _decide(group: Group, modules: list[nn.Module], vocabulary: Vocabulary, uses
     # An identity or a dropout between two members does nothing at inference; it stays where it is.
     acting = [member for member in members if member[2] != "nothing"]
     kinds = tuple(kind for _, _, kind in acting)
-    rule = next((rule for rule in all_rules() if rule.matches(kinds)), None)
+    rule = _rule_for(kinds)
     if rule is None:
         _refuse_sequence(members)
     assert rule is not None
@@ -212,6 +213,11 @@ def _decide(group: Group, modules: list[nn.Module], vocabulary: Vocabulary, uses
         names,
         tuple(path for path in group.modules if path not in names),
     )
+
+
+@cache
+def _rule_for(kinds: tuple[str, ...]) -> Rule | None:
+    return next((rule for rule in all_rules() if rule.matches(kinds)), None)
 
 
 def _refuse_sequence(members: list[tuple[str, nn.Module, str]]) -> None:

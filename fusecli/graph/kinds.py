@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -47,15 +48,19 @@ _KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = 
 def kind_of(module: nn.Module, treated_as: type | None = None) -> str:
     """fused, conv, conv_transpose, linear, norm, norm_with_activation, batch_dependent, relu, nothing or
     other; `treated_as` is the class whose kind the user wants for this one."""
-    cls = treated_as or type(module)
-    if cls in NOTHING:
-        return "nothing"
-    kind = next((kind for base, kind in _KINDS if issubclass(cls, base)), "other")
+    kind = _kind_of_class(treated_as or type(module))
     if kind == "other" and treated_as is None and is_norm(module):
         kind = "norm"
-    if kind == "norm" and next(module.children(), None) is not None:
+    if kind == "norm" and any(child is not None for child in module._modules.values()):
         return "norm_with_activation"
     return kind
+
+
+@cache
+def _kind_of_class(cls: type) -> str:
+    if cls in NOTHING:
+        return "nothing"
+    return next((kind for base, kind in _KINDS if issubclass(cls, base)), "other")
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -85,18 +85,21 @@ _REMOVERS = {
 
 
 _ATTRIBUTES = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-_MARKS = (("weight_norm", "{}_g"), ("pruning", "{}_mask"), ("spectral_norm", "{}_orig"))
+_MARKS = tuple(
+    (f"{name}_{mark}", name, how)
+    for name in ("weight", "bias")
+    for mark, how in (("g", "weight_norm"), ("mask", "pruning"), ("orig", "spectral_norm"))
+)
 
 
 def _computed_tensor(module: nn.Module) -> tuple[str, str]:
     """The weight or bias that is no tensor of its own, and what computes it; empty if there is none."""
-    names = module._parameters.keys() | module._buffers.keys()
-    for name in ("weight", "bias"):
+    for name in ("weight", "bias") if parametrize.is_parametrized(module) else ():
         if parametrize.is_parametrized(module, name):
             return name, "parametrize"
-        for how, mark in _MARKS:
-            if mark.format(name) in names:
-                return name, how
+    for mark, name, how in _MARKS:
+        if mark in module._parameters or mark in module._buffers:
+            return name, how
     return "", ""
 
 

@@ -95,7 +95,8 @@ def _place(tree: ModuleTree, path: str, members: tuple[str, ...], module: nn.Mod
 
 
 def _replace(tree: ModuleTree, path: str, module: nn.Module) -> None:
-    tree.replace(path, module.train(tree[path].training))
+    training = tree[path].training
+    tree.replace(path, module if module.training == training else module.train(training))
 
 
 def _add_bias(layer: nn.Module) -> None:
