@@ -14,7 +14,12 @@ from torch import nn
 from fusecli.artifact import load_fused
 from fusecli.checkpoint import Checkpoint, StoredTensor
 from fusecli.consent import Consent
-from fusecli.engine import CustomFuser, Decision, Group, Vocabulary, compute_all, fuse_tree, plan, replaced
+from fusecli.engine import CustomFuser, Decision, Group, Vocabulary, compute_all, plan, replaced
+from fusecli.equivalence.foreign import judge_foreign
+from fusecli.equivalence.groups import GroupCheck
+from fusecli.equivalence.judge import judge
+from fusecli.equivalence.run import Sample
+from fusecli.equivalence.subject import Subject
 from fusecli.errors import ExitCode, Problem, RefusedError, UsageError
 from fusecli.jobs import facts
 from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold, weight_range
@@ -24,11 +29,6 @@ from fusecli.outcome import Judgement, LedgerEntry, Outcome, Verdict
 from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite
 from fusecli.spec import Spec, read_spec, spec_from_mapping
 from fusecli.spec.wildcards import bind_groups, bind_lists
-from fusecli.equivalence.foreign import judge_foreign
-from fusecli.equivalence.groups import GroupCheck
-from fusecli.equivalence.judge import judge
-from fusecli.equivalence.run import Sample
-from fusecli.equivalence.subject import Subject
 
 __all__ = ["fuse", "fuse_modules", "load_fused", "verify"]
 
@@ -113,15 +113,24 @@ def fuse(
     try:
         fold = plan_fold(source, model, bound)
     except Refused as no:
-        return replace(before, refused=no.refused, unfused=facts.unfused_norms(modules, (), no.refused, bound))
+        return replace(
+            before, refused=no.refused, unfused=facts.unfused_norms(modules, (), no.refused, bound)
+        )
     rewrites, refused = compute_all(tree, fold.decisions)
     if refused:
-        return replace(before, refused=tuple(refused), unfused=facts.unfused_norms(modules, (), refused, bound))
+        return replace(
+            before, refused=tuple(refused), unfused=facts.unfused_norms(modules, (), refused, bound)
+        )
     unfused = facts.unfused_norms(modules, fold.decisions)
     if not fold.decisions:
         why = "every group is fused already" if fold.done else "no groups were given"
         return replace(
-            before, status="nothing to fuse", exit_code=ExitCode.NOTHING, unfused=unfused, problems=(why,), model=_copy(model)
+            before,
+            status="nothing to fuse",
+            exit_code=ExitCode.NOTHING,
+            unfused=unfused,
+            problems=(why,),
+            model=_copy(model),
         )
     for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
         fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
@@ -240,7 +249,11 @@ def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | N
     if groups is None:
         return spec or Spec()
     listed = spec_from_mapping({"groups": groups}, where="").groups
-    return spec.model_copy(update={"groups": listed}) if spec else spec_from_mapping({"groups": groups}, where="")
+    return (
+        spec.model_copy(update={"groups": listed})
+        if spec
+        else spec_from_mapping({"groups": groups}, where="")
+    )
 
 
 def _in_memory(model: nn.Module) -> Checkpoint:

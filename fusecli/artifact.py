@@ -40,6 +40,7 @@ def load_into(
     edits = manifest.edits
     where = str(artifact.path)
     if any(isinstance(edit, Opaque) for edit in edits):
+        model.eval()  # as the members were when fuse called the fuser
         edits = tuple(_with_fuser(edit, model, consent(), folder) for edit in edits)
     replay(model, edits, where)
     load_strictly(model, loaded(artifact), where)
@@ -68,7 +69,9 @@ def artifact_at(path: Path) -> Checkpoint | None:
 
 def loaded(checkpoint: Checkpoint) -> dict[str, Any]:
     """Every entry of a checkpoint's state dict, as memory of our own: the file may go away."""
-    return {name: stored.load().clone() for name, stored in checkpoint.tensors.items()} | dict(checkpoint.others)
+    return {name: stored.load().clone() for name, stored in checkpoint.tensors.items()} | dict(
+        checkpoint.others
+    )
 
 
 def replay(model: nn.Module, edits: Iterable[Edit], where: str) -> None:
@@ -99,10 +102,15 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str) -> Non
         raise UsageError(*problems)
     ties = ties_of(model)
     moved = {
-        key: _at_home(value, expected[key]) if isinstance(value, Tensor) else value for key, value in state.items()
+        key: _at_home(value, expected[key]) if isinstance(value, Tensor) else value
+        for key, value in state.items()
     }
     try:
-        missing = [key for key in model.load_state_dict(moved, strict=False, assign=True).missing_keys if key in needed]
+        missing = [
+            key
+            for key in model.load_state_dict(moved, strict=False, assign=True).missing_keys
+            if key in needed
+        ]
     except RuntimeError as error:
         raise UsageError(Problem(str(error).partition("\n\t")[2] or str(error), where)) from error
     assert not missing
@@ -124,7 +132,9 @@ def _differences(
         name = min(unexpected)
         near = get_close_matches(name, known, n=1) if len(known) < 10_000 else []
         hint = f"; the nearest the model has is {near[0]}" if near else ""
-        problems.append(Problem(f"the file has {_some(unexpected)}, which the model has not{hint}", where, fix))
+        problems.append(
+            Problem(f"the file has {_some(unexpected)}, which the model has not{hint}", where, fix)
+        )
     return problems
 
 

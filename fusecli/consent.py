@@ -45,7 +45,9 @@ class Consent:
         the command runs in, those of pyproject.toml to its own folder."""
         consent = cls(ask=ask, words=list(flags))
         if lost := [word for word in consent.words if _is_file(word) and not Path(word).is_file()]:
-            raise UsageError(*(Problem("there is no such file to allow", word, "check the path") for word in lost))
+            raise UsageError(
+                *(Problem("there is no such file to allow", word, "check the path") for word in lost)
+            )
         consent._add(consent.words, Path.cwd())
         consent._add(filter(None, re.split(f"[,{os.pathsep}]", os.environ.get(ENVIRONMENT, ""))), Path.cwd())
         project = next((f for f in (p / "pyproject.toml" for p in _upwards(Path.cwd())) if f.is_file()), None)

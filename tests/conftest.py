@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+# Before torch is imported, here and in what the tests start: the threads of two workers on two cores wait for
+# each other, which makes small networks up to forty times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from fusecli.cli.app import main
 from fusecli.consent import ENVIRONMENT
 

@@ -10,9 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fusecli"
 LAYERS = (
-    {"errors"},
+    {"errors", "plain"},
     {"outcome"},
-    {"contents"},
+    {"contents", "plain"},
     {"spec", "algebra", "nn", "consent"},
     {"rewrite", "graph", "checkpoint"},
     {"rules", "equivalence", "report", "artifact"},
@@ -35,7 +35,10 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
             assert node.level == 0, f"relative import in line {node.lineno}"
             # `from fusecli import rules` names the part of the package after the `import`.
             own = node.module == "fusecli"
-            yield from ((f"{node.module}.{alias.name}" if own else str(node.module), node.lineno) for alias in node.names)
+            yield from (
+                (f"{node.module}.{alias.name}" if own else str(node.module), node.lineno)
+                for alias in node.names
+            )
 
 
 def part(path: Path) -> str:

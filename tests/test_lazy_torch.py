@@ -24,7 +24,9 @@ sys.meta_path.insert(0, NoTorch())
 COMMAND = PROGRAM + "from fusecli.cli import main\nmain()\n"
 
 
-def run(program: str, *words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    program: str, *words: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", program, *words],
         capture_output=True,

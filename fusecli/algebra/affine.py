@@ -72,7 +72,7 @@ def batch_norm(
     )
     if mean.is_meta:
         return ChannelAffine(*torch.empty(2, *mean.shape, dtype=torch.float64, device="meta"))
-    rows = torch.stack(given).double()
+    rows = torch.stack(given).detach().double()
     _require_finite(rows, ("running_mean", "running_var", "weight", "bias"))
     mean, var, gamma, beta = rows
     _require_variance(var, float(eps))

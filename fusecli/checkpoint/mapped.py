@@ -30,7 +30,9 @@ def map_safetensors(path: Path) -> Mapped:
         # Copy-on-write: torch asks for writable memory, and a stray write must not reach the file.
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {
-        name: StoredTensor(name, entry.dtype, entry.shape, partial(_view, view, entry), partial(_drop, view, entry))
+        name: StoredTensor(
+            name, entry.dtype, entry.shape, partial(_view, view, entry), partial(_drop, view, entry)
+        )
         for name, entry in header.entries.items()
     }
     return Mapped(tensors, header.metadata, (path,))

@@ -16,14 +16,20 @@ from fusecli.outcome import Outcome
 
 def fuse(
     checkpoint: options.Checkpoint,
-    spec: Annotated[Path, typer.Option("--spec", "-s", help="The YAML spec: which modules to fuse, and how to run it.")],
+    spec: Annotated[
+        Path, typer.Option("--spec", "-s", help="The YAML spec: which modules to fuse, and how to run it.")
+    ],
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="The file to write. Default: <stem>.fused.safetensors beside the input."),
+        typer.Option(
+            "--output", "-o", help="The file to write. Default: <stem>.fused.safetensors beside the input."
+        ),
     ] = None,
     fmt: Annotated[
         Optional[Literal["safetensors", "pt"]],  # noqa: UP045
-        typer.Option("--format", help="The format to write. Default: what the output's name says, else safetensors."),
+        typer.Option(
+            "--format", help="The format to write. Default: what the output's name says, else safetensors."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")] = False,
     dry_run: Annotated[

@@ -6,16 +6,17 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 
 from fusecli.cli import options
-from fusecli.contents import Contents
 from fusecli.errors import FusecliError
 from fusecli.outcome import Outcome
-from fusecli.report import as_json, contents_as_json, print_contents
+
+if TYPE_CHECKING:
+    from fusecli.contents import Contents
 
 
 def inspect(
@@ -31,6 +32,8 @@ def inspect(
 
     The pairs it proposes are guesses from names, key order and shapes; only a run of the model confirms one.
     """
+    from fusecli.report import as_json, contents_as_json, print_contents
+
     try:
         contents = _inspected(checkpoint, key)
     except FusecliError as error:

@@ -29,7 +29,9 @@ AllowPickle = Annotated[
 ]
 Seed = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(help="Seed of the random inputs, instead of the spec's.", min=0, max=2**63 - 1, rich_help_panel=_PROOF),
+    typer.Option(
+        help="Seed of the random inputs, instead of the spec's.", min=0, max=2**63 - 1, rich_help_panel=_PROOF
+    ),
 ]
 Samples = Annotated[
     Optional[int],  # noqa: UP045
@@ -52,9 +54,7 @@ Report = Annotated[
         rich_help_panel=_REPORT,
     ),
 ]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=_REPORT)
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=_REPORT)]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show Python tracebacks with errors.", rich_help_panel=_REPORT)
 ]

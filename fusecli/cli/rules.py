@@ -8,10 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from fusecli import rules as folder
 from fusecli.errors import Problem, UsageError
 
 
@@ -19,6 +17,10 @@ def rules(
     name: Annotated[Optional[str], typer.Argument(help="A rule, to read all about it.")] = None,  # noqa: UP045
 ) -> None:
     """List the rules, or explain one: what it fuses, its equation, when it is exact and when it refuses."""
+    from rich.table import Table
+
+    from fusecli import rules as folder
+
     console = Console()
     if name is None:
         table = Table("rule", "what it does", box=None, pad_edge=False, header_style="bold")

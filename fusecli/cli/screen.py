@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from rich.console import Console
 from rich.status import Status
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from fusecli.errors import ExitCode, FusecliError
 from fusecli.outcome import Outcome
-from fusecli.report import visible
+from fusecli.plain import visible
 
 ISSUES = "the issue tracker of fusecli"
 
@@ -48,6 +47,8 @@ def print_bug(console: Console, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     error = sys.exc_info()[1]
+    from importlib.metadata import version
+
     summary = visible(f"{type(error).__name__}: {error}")
     _print(console, Text.assemble(("internal error", "bold red"), f": {summary}"))
     advice = f"This is a bug in fusecli {version('fusecli')}. Please report it to {ISSUES}"

@@ -28,7 +28,7 @@ class Difference:
     """error: the largest max|a-b| / max|a| of all floating leaves; inf where structure, ints or NaNs differ.
 
     `where` is the path of the worst leaf, `why` says what is wrong where it is no matter of numbers.
-    floating   the leaf is a floating tensor on both sides
+    floating   the leaf holds floating numbers, and more than zeros: their error means something in any dtype
     undefined  the original itself is NaN there, so that no output would be equal to it
     """
 
@@ -106,27 +106,32 @@ def _tensors(a: Tensor, b: Tensor, at: str) -> Difference:
     if not _kind(a):
         unequal = int((a != b).sum())
         return _unequal(at, f"{unequal} of {a.numel()} integers differ") if unequal else Difference(0.0, at)
+    wide = a.to(torch.promote_types(a.dtype, torch.float64))
+    gap = float((wide - b).abs().max()) if a.numel() else 0.0
+    return _numbers(wide, b, gap, at) if math.isfinite(gap) else _not_finite(wide, b, at)
+
+
+def _numbers(a: Tensor, b: Tensor, gap: float, at: str) -> Difference:
+    """Both hold finite numbers only."""
+    if gap == 0.0:
+        return Difference(0.0, at, floating=True)
+    largest, other = float(a.abs().max()), float(b.abs().max())
+    if largest > _RESIDUE:
+        return Difference(gap / largest, at, floating=True)
+    if other <= _RESIDUE:
+        return Difference(0.0, at)
+    return Difference(gap / largest if largest else math.inf, at, "zeros became other numbers")
+
+
+def _not_finite(a: Tensor, b: Tensor, at: str) -> Difference:
     if a.isnan().any() or b.isnan().any():
         undefined = bool(a.isnan().any())
         return Difference(math.inf, at, "NaN, which equals nothing", floating=True, undefined=undefined)
     finite = a.isfinite()
-    if not torch.equal(a[~finite], b[~finite].to(a.dtype)):
+    if not torch.equal(a[~finite], b[~finite].to(a.dtype)) or not b[finite].isfinite().all():
         return Difference(math.inf, at, "infinities differ", floating=True)
-    return _finite(a[finite], b[finite], at)
-
-
-def _finite(a: Tensor, b: Tensor, at: str) -> Difference:
-    """a holds finite numbers only."""
-    a = a.to(torch.promote_types(a.dtype, torch.float64))
-    gap = float((a - b).abs().max()) if a.numel() else 0.0
-    if gap == 0.0:
-        return Difference(0.0, at, floating=True)
-    largest = float(a.abs().max())
-    if max(largest, float(b.abs().max())) <= _RESIDUE:
-        return Difference(0.0, at, floating=True)
-    error = gap / largest if largest else math.inf
-    why = "" if math.isfinite(error) else "zeros became other numbers, or finite numbers infinities"
-    return Difference(error, at, why, floating=True)
+    gap = float((a[finite] - b[finite]).abs().max()) if finite.any() else 0.0
+    return _numbers(a[finite], b[finite], gap, at)
 
 
 def _kind(tensor: Tensor) -> str:

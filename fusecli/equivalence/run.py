@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+_LIKE_ANOTHER = {Tensor.to, Tensor.type_as}  # x.to(other), where the other is no parameter and stayed narrow
 _WIDE = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
@@ -113,17 +114,10 @@ class _Widen(TorchFunctionMode):
     ) -> Any:
         if func in _CASTS:
             return args[0].double()
-        wide, named = (
-            [_wide(value) for value in args],
-            {key: _wide(value) for key, value in (kwargs or {}).items()},
-        )
-        if func in (
-            Tensor.to,
-            Tensor.type_as,
-        ):  # x.to(other), where the other is no parameter and stayed narrow
-            return func(
-                wide[0], *map(_double, wide[1:]), **{key: _double(value) for key, value in named.items()}
-            )
+        wide = [_wide(value) for value in args]
+        named = {key: _wide(value) for key, value in (kwargs or {}).items()}
+        if func in _LIKE_ANOTHER:
+            return func(wide[0], *map(_double, wide[1:]), **named)
         try:
             return func(*wide, **named)
         except RuntimeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,8 +47,6 @@ def with_exact_tensors(subject: Subject) -> nn.Module:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer that the state dict holds, under all its names."""
-    named = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    return {name: tensor for name, tensor in named.items() if name in model.state_dict()}
+    kept = model.state_dict(keep_vars=True).keys()
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {name: tensor for name, tensor in named if name in kept}

@@ -33,7 +33,9 @@ def output_facts(path: object, written: Checkpoint) -> FileFacts:
 
 
 def spec_facts(spec: Spec) -> FileFacts | None:
-    return FileFacts(str(spec.source), "YAML", spec.source.stat().st_size, spec.sha256) if spec.source else None
+    return (
+        FileFacts(str(spec.source), "YAML", spec.source.stat().st_size, spec.sha256) if spec.source else None
+    )
 
 
 def environment() -> dict[str, str]:
@@ -61,7 +63,9 @@ def totals(layout: Layout, model: nn.Module | None) -> Totals:
     size = sum(prod(shape) * dtype.itemsize for dtype, shape in layout.values())
     named = dict(model.named_modules()) if model is not None else {}
     acting = [module for path, module in named.items() if path and not isinstance(module, nn.Identity)]
-    norm_layers = len(list(norms(named))) if model is not None else sum(n.endswith("running_var") for n in layout)
+    norm_layers = (
+        len(list(norms(named))) if model is not None else sum(n.endswith("running_var") for n in layout)
+    )
     return Totals(len(acting) if model is not None else None, parameters, size, norm_layers)
 
 

@@ -60,7 +60,9 @@ class Fold:
     def folded(self) -> set[str]:
         """Keys of the artifact whose tensors the fold computed."""
         keymap = self.keymap
-        return {new for rewrite in self.rewrites for key in rewrite.tensors if (new := keymap(key)) is not None}
+        return {
+            new for rewrite in self.rewrites for key in rewrite.tensors if (new := keymap(key)) is not None
+        }
 
     @property
     def foreign(self) -> set[str]:
@@ -159,7 +161,9 @@ def group_reports(fold: Fold, fused: nn.Module) -> list[GroupReport]:
                 weight_range_after=then,
                 keys_removed=tuple(old for old, new in moved if new is None),
                 keys_renamed=tuple((old, new) for old, new in moved if new is not None and new != old),
-                keys_added=tuple(new for key in rewritten if key not in own and (new := keymap(key)) is not None),
+                keys_added=tuple(
+                    new for key in rewritten if key not in own and (new := keymap(key)) is not None
+                ),
                 kept=decision.kept,
             )
         )

@@ -15,7 +15,15 @@ from fusecli.consent import Consent
 from fusecli.engine import Group
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.jobs import facts
-from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, manifest_for, plan_fold, write_fold
+from fusecli.jobs.fold import (
+    Fold,
+    Refused,
+    apply_to_skeleton,
+    group_reports,
+    manifest_for,
+    plan_fold,
+    write_fold,
+)
 from fusecli.jobs.inputs import entries_of, samples_of
 from fusecli.jobs.proof import Proof, prove_alone, prove_with_model, reported
 from fusecli.jobs.source import Source, folder_of, module_names, planted, source_of
@@ -115,7 +123,9 @@ def _require_plain(checkpoint: Checkpoint) -> None:
     if checkpoint.others:
         names = ", ".join(sorted(checkpoint.others)[:3])
         fix = "save the state dict without them: an artifact holds tensors only"
-        raise UsageError(Problem(f"the state dict has entries that are no tensors: {names}", str(checkpoint.path), fix))
+        raise UsageError(
+            Problem(f"the state dict has entries that are no tensors: {names}", str(checkpoint.path), fix)
+        )
 
 
 @dataclass
@@ -171,7 +181,9 @@ class _Job:
             key=self.spec.checkpoint.key or "",
             strip_prefix=self.spec.checkpoint.strip_prefix,
         )
-        with staged(self.target, request.force or request.dry_run, request.checkpoint, _protected(self.spec)) as stage:
+        with staged(
+            self.target, request.force or request.dry_run, request.checkpoint, _protected(self.spec)
+        ) as stage:
             write_fold(fold, stage.path, self.fmt, manifest, self.tick)
             self.ledger += self.source.ledger + facts.statistics_ledger(checkpoint, fold.decisions)
             self.ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
@@ -196,13 +208,17 @@ class _Job:
         return replace(outcome, groups=groups, verification=verdict, status=status, exit_code=code)
 
     def _judge(self, fold: Fold, artifact: Checkpoint) -> tuple[Verdict, Any]:
-        return judged(fold, artifact, self.spec, self.consent, self.tick, self.request.seed, self.request.samples)
+        return judged(
+            fold, artifact, self.spec, self.consent, self.tick, self.request.seed, self.request.samples
+        )
 
     def _finish(self, outcome: Outcome, stage: Staged) -> Outcome:
         if outcome.exit_code is not ExitCode.OK:
             return replace(outcome, output=None)  # what was proven wrong is gone
         if self.request.dry_run:
-            return replace(outcome, status="planned", next_step=f"without --dry-run this writes {self.target}")
+            return replace(
+                outcome, status="planned", next_step=f"without --dry-run this writes {self.target}"
+            )
         stage.commit()
         return replace(outcome, next_step=verify_command(self.request, self.target, self.consent.words))
 
@@ -229,7 +245,9 @@ class _Job:
             exit_code=ExitCode.NOTHING,
             unfused=facts.unfused_norms(modules, ()) + self._beyond(modules),
             problems=(why,),
-            next_step="" if done else "add groups to the spec; 'fusecli inspect' shows the norms of the checkpoint",
+            next_step=""
+            if done
+            else "add groups to the spec; 'fusecli inspect' shows the norms of the checkpoint",
         )
 
 
@@ -265,7 +283,11 @@ def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:
     """With --strict, what is only claimed, assumed or lost makes a right fold inconclusive."""
     if not strict or verdict.judgement is not Judgement.EQUIVALENT:
         return verdict
-    doubts = [f"--strict: {e.where}: {e.what}" for e in outcome.ledger if e.kind in ("hook", "assumed", "statistics")]
+    doubts = [
+        f"--strict: {e.where}: {e.what}"
+        for e in outcome.ledger
+        if e.kind in ("hook", "assumed", "statistics")
+    ]
     if any(group.evidence is Evidence.CLAIMED for group in outcome.groups):
         doubts.append("--strict: the groups are claimed by the spec, no run of the model has shown them")
     if not doubts:

@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fusecli.equivalence.run import Sample
 from fusecli.errors import Problem, UsageError
 from fusecli.jobs.source import folder_of
 from fusecli.spec import InputSpec, Spec
-from fusecli.equivalence.run import Sample
 
 
 def samples_of(spec: Spec, seed: int, count: int) -> list[Sample]:

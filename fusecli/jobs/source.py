@@ -97,7 +97,9 @@ def source_of(checkpoint: Checkpoint, spec: Spec, consent: Consent) -> Source:
     build = _factory(spec, consent)
     if build is None and checkpoint.module is not None:
         module = checkpoint.module
-        return Source(checkpoint, lambda: copy.deepcopy(module), vocabulary_of(spec, consent), _train_mode(module))
+        return Source(
+            checkpoint, lambda: copy.deepcopy(module), vocabulary_of(spec, consent), _train_mode(module)
+        )
     return Source(checkpoint, build, vocabulary_of(spec, consent))
 
 
@@ -105,7 +107,9 @@ def _train_mode(module: nn.Module) -> list[LedgerEntry]:
     training = [path or "(the model)" for path, part in module.named_modules() if part.training]
     if not training:
         return []
-    return [LedgerEntry("train-mode", training[0], f"{len(training)} modules were in train mode; set to eval")]
+    return [
+        LedgerEntry("train-mode", training[0], f"{len(training)} modules were in train mode; set to eval")
+    ]
 
 
 def vocabulary_of(spec: Spec, consent: Consent) -> Vocabulary:
@@ -117,7 +121,9 @@ def vocabulary_of(spec: Spec, consent: Consent) -> Vocabulary:
             classes = tuple(load_class(name, consent, folder) for name in extra.sequence or ())
             fusers.append(CustomFuser(classes, extra.fuser, load_object(extra.fuser, consent, folder)))
         else:
-            treat[load_class(extra.treat or "", consent, folder)] = load_class(extra.as_ or "", consent, folder)
+            treat[load_class(extra.treat or "", consent, folder)] = load_class(
+                extra.as_ or "", consent, folder
+            )
     return Vocabulary(tuple(fusers), treat)
 
 

@@ -46,7 +46,9 @@ class VerifyRequest:
     samples: int | None = None
 
 
-def verify_file(request: VerifyRequest, consent: Consent, tick: Callable[[str], None] = lambda _: None) -> Outcome:
+def verify_file(
+    request: VerifyRequest, consent: Consent, tick: Callable[[str], None] = lambda _: None
+) -> Outcome:
     """The verdict on the artifact; raises UsageError and UnsafeError where the files cannot be judged."""
     spec = request.spec
     tick("opening the files")
@@ -85,7 +87,9 @@ def _original(request: VerifyRequest, manifest: Manifest) -> Checkpoint:
 
 def _no_original(request: VerifyRequest) -> UsageError:
     what = "is an artifact of fusecli, not the checkpoint that one was made from"
-    return UsageError(Problem(what, str(request.checkpoint), "give the original first: fusecli verify CHECKPOINT FUSED"))
+    return UsageError(
+        Problem(what, str(request.checkpoint), "give the original first: fusecli verify CHECKPOINT FUSED")
+    )
 
 
 def _structure(
@@ -148,7 +152,9 @@ def _verify(
         verdict = replace(verdict, judgement=Judgement.DIFFERENT, reasons=(*verdict.reasons, reason))
     verdict = strictly(replace(verdict, groups=reports), outcome, request.strict)
     status, code = _STATUS[verdict.judgement]
-    return replace(outcome, verification=verdict, status=status, exit_code=code, next_step=_next(request, whole))
+    return replace(
+        outcome, verification=verdict, status=status, exit_code=code, next_step=_next(request, whole)
+    )
 
 
 def _edits(fold: Fold) -> tuple[object, ...]:
@@ -159,7 +165,9 @@ def _mismatches(checkpoint: Checkpoint, manifest: Manifest) -> list[LedgerEntry]
     """An artifact made from other bytes is judged all the same; that it was made from others is said."""
     if manifest.input_sha256 == checkpoint.sha256():
         return []
-    return [LedgerEntry("input", str(checkpoint.path), "is not the file that the artifact was made from (sha256)")]
+    return [
+        LedgerEntry("input", str(checkpoint.path), "is not the file that the artifact was made from (sha256)")
+    ]
 
 
 def _next(request: VerifyRequest, model: nn.Module | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from fusecli.report.plain import visible
+from fusecli.plain import visible
 
 # What a backtick span holds without meaning anything, in a table and out of it.
 _SPAN = re.compile(r"[^`|\\<>&]+")

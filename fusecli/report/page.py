@@ -8,7 +8,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from fusecli.report.plain import TYPOGRAPHY, visible
+from fusecli.plain import TYPOGRAPHY, visible
 
 # Longer lines than this are hard to follow back to their beginning, however wide the window.
 WIDEST = 100

@@ -38,9 +38,17 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
         torch.save(randomise(names["build"](), 0).state_dict(), "model.pt")
         Path("net.py").write_text(source)
         # A number such as 1e-05 is a number in JSON and YAML, so JSON will do.
-        spec = {"version": 1, "model": {"factory": "net.py:build"}, "inputs": inputs, "groups": groups, **keys}
+        spec = {
+            "version": 1,
+            "model": {"factory": "net.py:build"},
+            "inputs": inputs,
+            "groups": groups,
+            **keys,
+        }
         spec = {"verify": {"samples": 1}, **spec}
-        Path("fuse.yaml").write_text(json.dumps({key: value for key, value in spec.items() if value is not None}))
+        Path("fuse.yaml").write_text(
+            json.dumps({key: value for key, value in spec.items() if value is not None})
+        )
         return tmp_path
 
     return make

@@ -47,14 +47,18 @@ class TestCase38:
         assert not FUSED.exists()
 
     def test_every_group_that_lacks_it_is_named(self, cli, project):
-        four = PAIR.replace("bn=nn.BatchNorm2d(6)", "bn=nn.BatchNorm2d(6), c2=nn.Conv2d(6, 4, 1), b2=nn.BatchNorm2d(4)")
+        four = PAIR.replace(
+            "bn=nn.BatchNorm2d(6)", "bn=nn.BatchNorm2d(6), c2=nn.Conv2d(6, 4, 1), b2=nn.BatchNorm2d(4)"
+        )
         project(four, [["conv", "bn"], ["c2", "b2"]], model=None, inputs=None)
         assert cli(*BARE).err.count("never guessed") == 2
 
     @pytest.mark.parametrize("eps", [1e-5, 1e-3])
     def test_the_one_that_is_given_is_used(self, cli, project, eps):
         source = PAIR.replace("BatchNorm2d(6)", f"BatchNorm2d(6, eps={eps})")
-        project(source, [{"modules": ["conv", "bn"], "eps": eps}], model=None, inputs=None, assume={"eps": 1.0})
+        project(
+            source, [{"modules": ["conv", "bn"], "eps": eps}], model=None, inputs=None, assume={"eps": 1.0}
+        )
         report = cli(*BARE, "--report", "json=-").report
         assert report["status"] == "fused"
         assert report["groups"][0]["evidence"] == "claimed"
@@ -66,7 +70,9 @@ class TestCase38:
     def test_what_is_assumed_is_said(self, cli, project):
         project(model=None, inputs=None, assume={"eps": 1e-3})
         report = cli(*BARE, "--report", "json=-").report
-        assert {"kind": "assumed", "where": "bn", "what": "eps 0.001, as the spec assumes"} in report["ledger"]
+        assert {"kind": "assumed", "where": "bn", "what": "eps 0.001, as the spec assumes"} in report[
+            "ledger"
+        ]
 
     def test_a_wrong_eps_is_found_as_soon_as_the_model_is_run(self, cli, project):
         project(model=None, inputs=None, assume={"eps": 1e-3})
@@ -106,7 +112,10 @@ class TestTransposedWithoutCode:
     @pytest.mark.parametrize(
         ("wrong", "said"),
         [
-            ({"kind": "conv_transpose1d"}, "up cannot be a conv_transpose1d: its weight has shape [6, 2, 2, 2]"),
+            (
+                {"kind": "conv_transpose1d"},
+                "up cannot be a conv_transpose1d: its weight has shape [6, 2, 2, 2]",
+            ),
             ({"kind": "conv_transpose2d", "groups": 5}, "up cannot have 5 groups"),
         ],
     )
@@ -178,14 +187,20 @@ class TestCase55:
         assert "untie it" in ended.out
 
 
-ALIASED = PAIR.replace("return nn.Sequential(", "model = nn.Sequential(") + """
+ALIASED = (
+    PAIR.replace("return nn.Sequential(", "model = nn.Sequential(")
+    + """
     model.again = model.conv
     return model
 """
-HOOKED = PAIR.replace("return nn.Sequential(", "model = nn.Sequential(") + """
+)
+HOOKED = (
+    PAIR.replace("return nn.Sequential(", "model = nn.Sequential(")
+    + """
     model.conv.register_forward_hook(lambda *_: None)
     return model
 """
+)
 
 
 def test_case_14_an_alias_is_seen_before_any_tensor_is_read(cli, project):

@@ -88,7 +88,11 @@ def test_2_usage(cli, digits, words, said):
         (("model_state_dict", "state"), "no state dict under the key 'state'", "model_state_dict"),
         (("key: images", "key: imgs"), "has no tensor 'imgs'", "it has images"),
         (("heldout", "held"), "held.safetensors cannot be read", "relative to the spec"),
-        (("file: heldout.safetensors, key: images", "shape: [2, 3, 8, 8]"), "expected input", "one entry per"),
+        (
+            ("file: heldout.safetensors, key: images", "shape: [2, 3, 8, 8]"),
+            "expected input",
+            "one entry per",
+        ),
         (
             ("file: heldout.safetensors, key: images", "shape: [2, 1, 8, 8], dtype: int64"),
             "needs a range",
@@ -112,7 +116,12 @@ def test_2_a_spec_that_does_not_fit(cli, digits, change, said, fix):
 
 
 def test_2_all_mistakes_at_once(cli, digits):
-    edit(digits / "fuse.yaml", ("groups:", "grups:"), ("key: images", "kye: images"), ("version: 1", "version: 9"))
+    edit(
+        digits / "fuse.yaml",
+        ("groups:", "grups:"),
+        ("key: images", "kye: images"),
+        ("version: 1", "version: 9"),
+    )
     assert cli(*FUSE).err.count("error: fuse.yaml:") == 3
 
 
@@ -132,7 +141,9 @@ def test_2_a_factory_that_returns_no_module(cli, project):
     assert "the factory net.py:number returned int, not an nn.Module" in ended.err
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_3_unreadable(cli, digits, content):
     Path("model.pt").write_bytes(content)
     ended = cli(*FUSE)

@@ -12,10 +12,22 @@ from fusecli.checkpoint import sha256_file
 from tests.cli.conftest import PAIR, edit
 
 FUSE = ("fuse", "model.pt", "--spec", "fuse.yaml", "--allow-code", "net.py")
-KEYS = (
-    "schema_version command status exit_code input output spec totals groups refused unfused verification "
-    "ledger environment"
-).split()
+KEYS = [
+    "schema_version",
+    "command",
+    "status",
+    "exit_code",
+    "input",
+    "output",
+    "spec",
+    "totals",
+    "groups",
+    "refused",
+    "unfused",
+    "verification",
+    "ledger",
+    "environment",
+]
 GROUP_KEYS = {"modules", "rule", "status", "evidence", "float64_error", "drift", "noise_floor"}
 
 

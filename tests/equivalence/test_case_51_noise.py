@@ -52,11 +52,22 @@ def test_case_51_a_noisy_network_passes_and_its_wrong_folds_do_not() -> None:
 
 
 def test_case_51_one_number_may_be_right_by_luck() -> None:
-    """Over many seeds the original's error is now and then 10 times smaller than that of its right fold."""
-    for seed in range(40):
-        model = straight(lambda y: ((y + 1e3) - 1e3).sum((1, 2, 3)), seed)
-        outcome = fused(model, ["conv", "bn", "relu"], x=images(1, 3, 5, 5, seed=seed))
+    """At seed 18 the original's own error is 10 times smaller than that of its right fold."""
+    for seed in range(25):
+        model = net(lambda m, x: product(m.bn(m.conv(x))), seed, conv=conv(), bn=bn())
+        outcome = fused(model, x=images(1, 3, 12, 12, seed=seed))
         assert outcome.status == "fused", (seed, verdict(outcome))
+
+
+def product(y: Tensor) -> Tensor:
+    return (y @ y @ y @ y @ y).sum((1, 2, 3))
+
+
+def test_an_output_of_zero_has_no_relative_error() -> None:
+    model = straight(lambda y: (y - y.roll(1, -1)).sum((1, 2, 3)))
+    outcome = fused(model, ["conv", "bn", "relu"])
+    assert outcome.status == "fused", verdict(outcome)
+    assert verdict(outcome).drift is None
 
 
 def test_the_line_rises_with_the_noise_but_never_to_where_wrong_folds_start() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusecli
+from fusecli.equivalence.run import float64_arithmetic
 from fusecli.errors import ExitCode
 from fusecli.outcome import Judgement
 from tests.equivalence.nets import PAIR, X, bn, changed, conv, fused, net, right_fold, straight, verdict
@@ -93,6 +94,30 @@ def test_right_folds_are_proven_and_wrong_ones_are_not(name: str) -> None:
     assert fusecli.verify(model, wrong, X).judgement is Judgement.DIFFERENT
     wrong = changed(right, "conv.bias", lambda b: b[0].mul_(1.001))
     assert fusecli.verify(model, wrong, X).judgement is Judgement.DIFFERENT
+
+
+NARROWING: dict[str, Any] = {
+    "float": lambda x: x.float(),
+    "half": lambda x: x.half(),
+    "to": lambda x: x.to(torch.float32),
+    "to_keyword": lambda x: x.to(dtype=torch.bfloat16),
+    "to_other": lambda x: x.to(KERNEL),
+    "type": lambda x: x.type(torch.float32),
+    "type_as": lambda x: x.type_as(KERNEL),
+    "zeros": lambda x: torch.zeros(2),
+    "zeros_of_a_dtype": lambda x: torch.zeros(2, dtype=torch.float32),
+    "tensor": lambda x: torch.tensor([0.5]),
+    "softmax": lambda x: x.softmax(0, dtype=torch.float32),
+    "complex": lambda x: torch.fft.fft(x).to(torch.complex64).real,
+}
+
+
+@pytest.mark.parametrize("name", NARROWING)
+def test_what_a_forward_narrows_stays_wide_in_the_twin(name: str) -> None:
+    with float64_arithmetic():
+        assert NARROWING[name](torch.rand(3, dtype=torch.float64)).dtype is torch.float64
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.zeros(2, dtype=torch.float32).dtype is torch.float32
 
 
 def test_a_forward_with_no_float64_twin_is_inconclusive() -> None:

@@ -79,7 +79,7 @@ def test_only_the_two_neighbours_hold_a_fold(dtype: torch.dtype, mantissa: float
     exact = below.double() * 0.75 + above.double() * 0.25
     neighbours = [below, above] if dtype is not torch.float64 else [exact]
     assert all(holds_fold(exact, stored, folded=True) for stored in neighbours)
-    up(above, 2)
+    up(above, 1)
     assert not holds_fold(exact, above, folded=True)
 
 

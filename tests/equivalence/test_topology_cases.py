@@ -158,3 +158,30 @@ def test_case_23_unbatched_conv1d() -> None:
 def test_case_06_nothing_between() -> None:
     model = net(lambda m, x: m.bn(F.dropout(m.conv(x), training=m.training)), conv=conv(), bn=bn())
     assert fused(model).status == "fused"
+
+
+def test_the_first_group_of_the_run_is_named_not_the_first_of_the_list() -> None:
+    def wiring(m: Any, x: Any) -> Any:
+        return m.bn2(F.relu(m.conv2(m.bn(F.relu(m.conv(x))))))
+
+    model = net(wiring, conv=conv(), bn=bn(), conv2=conv(), bn2=bn())
+    assert_different(fused(model, ["conv2", "bn2"], PAIR), *PAIR)
+
+
+def test_a_forward_that_asks_for_the_class_of_a_module_is_judged_by_its_output() -> None:
+    def wiring(m: Any, x: Any) -> Any:
+        y = m.bn(m.conv(x))
+        return y.exp() if isinstance(m.bn, nn.BatchNorm2d) else y.tanh()
+
+    assert_different(fused(net(wiring, conv=conv(), bn=bn())), *PAIR)
+
+
+def test_a_counter_does_not_hide_the_culprit() -> None:
+    def wiring(m: Any, x: Any) -> Any:
+        m.calls += 1
+        y = m.conv2(m.bn(m.conv(x)))
+        return (m.bn2(y) + y).mean((2, 3)).argmax(1)
+
+    model = net(wiring, conv=conv(), bn=bn(), conv2=conv(), bn2=bn())
+    model.register_buffer("calls", torch.zeros(()))
+    assert_different(fused(model, PAIR, ["conv2", "bn2"]), "conv2", "bn2")

@@ -13,17 +13,16 @@ from fusecli.jobs.inputs import samples_of
 from tests.real.conftest import NETWORKS, far, outputs
 
 ONCE = ("--samples", "1", "--report", "json=-")
-SLOW = {"deep_sort"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_fuse_verify_and_load(cli, models, network, name):
     net = NETWORKS[name]
     checkpoint = network(net.package, net.file)
     before = sha256_file(checkpoint)
-    ended = cli("fuse", checkpoint, "--spec", net.spec, "--allow-code", net.code, "-o", "out.safetensors", *ONCE)
+    ended = cli(
+        "fuse", checkpoint, "--spec", net.spec, "--allow-code", net.code, "-o", "out.safetensors", *ONCE
+    )
     assert ended.code == 0, ended.err
     report = ended.report
     assert (report["status"], len(report["groups"]), report["refused"]) == ("fused", net.folds, [])
@@ -87,13 +86,22 @@ def test_a_whole_pickled_module_in_train_mode(cli, models, network):
     words = ("fuse", "human_gut.h5", "--spec", "whole.yaml")
     ended = cli(*words)
     assert (ended.code, ended.out) == (3, "")
-    assert "holds a whole pickled module (class SemiBin.semi_supervised_model.Semi_encoding_single)" in ended.err
+    assert (
+        "holds a whole pickled module (class SemiBin.semi_supervised_model.Semi_encoding_single)" in ended.err
+    )
     assert "--allow-pickle" in ended.err
     ended = cli(*words, "--allow-pickle", *ONCE)
     assert (ended.code, len(ended.report["groups"])) == (0, 2)
     assert [entry["kind"] for entry in ended.report["ledger"]] == ["train-mode"]
     assert ended.report["next_step"].endswith("--allow-pickle")
-    again = ("verify", "human_gut.h5", "human_gut.fused.safetensors", "--spec", "whole.yaml", "--allow-pickle")
+    again = (
+        "verify",
+        "human_gut.h5",
+        "human_gut.fused.safetensors",
+        "--spec",
+        "whole.yaml",
+        "--allow-pickle",
+    )
     assert cli(*again, *ONCE).code == 0
 
     fused = fusecli.load_fused(net.factory(models)(), "human_gut.fused.safetensors")

@@ -5,7 +5,8 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from fusecli.report import as_markdown, visible
+from fusecli.plain import visible
+from fusecli.report import as_markdown
 from fusecli.report.markdown_text import code, prose
 from tests.report.outcomes import CLAIMED, FUSED, HOSTILE, HOSTILE_NAMES, REFUSED, SAMPLES
 

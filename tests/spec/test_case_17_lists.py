@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from fusecli.errors import UsageError
-from fusecli.spec import Spec, bind_groups, bind_lists, spec_from_mapping
+from fusecli.spec import Spec, spec_from_mapping
+from fusecli.spec.wildcards import bind_groups, bind_lists
 
 Read = Callable[[str | bytes], Spec]
 Wrong = Callable[[str | bytes], list[str]]

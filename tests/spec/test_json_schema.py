@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fusecli.spec import json_schema
+from fusecli.spec.schema import json_schema
 
 SCHEMA = json_schema()
 

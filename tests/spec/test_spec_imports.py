@@ -11,7 +11,9 @@ import pytest
 PROGRAM = """
 import sys
 from fusecli.errors import UsageError
-from fusecli.spec import bind_lists, json_schema, read_spec
+from fusecli.spec import read_spec
+from fusecli.spec.schema import json_schema
+from fusecli.spec.wildcards import bind_lists
 try:
     read_spec(sys.argv[1])
 except UsageError as error:

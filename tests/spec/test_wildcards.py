@@ -7,8 +7,9 @@ import time
 import pytest
 
 from fusecli.errors import UsageError
-from fusecli.spec import bind_groups, bind_lists, spec_from_mapping
+from fusecli.spec import spec_from_mapping
 from fusecli.spec.names import NameTree, glob
+from fusecli.spec.wildcards import bind_groups, bind_lists
 
 RESNET = [
     "stem.conv",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusecli.report import visible
+from fusecli.plain import visible
 from tests.report.outcomes import HOSTILE_NAMES
 
 
