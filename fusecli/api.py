@@ -87,7 +87,7 @@ def fuse(
     spec: Spec | str | Path | Mapping[str, Any] | None = None,
     allow_code: Iterable[str] = (),
 ) -> Outcome:
-    """Fuses a copy of `model` and proves it on `inputs`; `outcome.model` is the fused copy, None if it is wrong.
+    """Fuses a copy of `model` and proves it on `inputs`; `outcome.model` is that copy, None if it is wrong.
 
     inputs      a tensor, a tuple of positional arguments, or a dict of keyword arguments
     groups      as for fuse_modules; None: those of the spec
@@ -155,8 +155,8 @@ def fuse(
 def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0) -> Verdict:
     """Whether `fused` computes what `original` does, on `inputs` (as for `fuse`), both in eval mode.
 
-    A model that fusecli fused or loaded carries the names of its groups: each is judged by itself, its weights
-    against the fold of the original's. Of any other model only the outputs can be compared.
+    A model that fusecli fused or loaded carries the names of its groups: each is judged by itself, and its
+    weights against the fold of the original's. Of any other model only the outputs can be compared.
     Neither model is changed. Raises UsageError where `original` does not run on the inputs.
     """
     sample = Sample.of(inputs)
@@ -220,7 +220,7 @@ def _with_fuser_func(
 ) -> nn.Module:
     model = model if inplace else copy.deepcopy(model)
     tree = ModuleTree(model)
-    made = []
+    made: list[tuple[str, nn.Module]] = []
     for group in bind_lists(modules_to_fuse, _names(tree)):
         modules = list(fuser_func([tree[path] for path in group.modules], False, dict(additional)))
         if len(modules) != len(group.modules):
@@ -259,7 +259,7 @@ def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | N
 def _in_memory(model: nn.Module) -> Checkpoint:
     """The model's state dict as the checkpoint that it would be, without a file."""
     tensors = {
-        name: StoredTensor(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor.detach())
+        name: StoredTensor(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
         for name, tensor in model.state_dict().items()
         if hasattr(tensor, "dtype")
     }

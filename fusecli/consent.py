@@ -71,10 +71,10 @@ class Consent:
             self._add([name], Path.cwd())
             self.words.append(name)
             return
+        kind = "file" if isinstance(code, Path) else "package"
         raise UnsafeError(
             Problem(
-                f"it would run Python code of {'the file' if isinstance(code, Path) else 'the package'} {name}, "
-                "which nobody has allowed",
+                f"it would run Python code of the {kind} {name}, which nobody has allowed",
                 reference,
                 f"if you trust that code, add --allow-code {name}",
             )

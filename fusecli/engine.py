@@ -173,10 +173,11 @@ class _Uses:
             remedy="give each place its own module",
         )
         tied = [n for n, p in module.named_parameters() if self._parameters[id(p)] > 1]
+        names = ", ".join(f"{path}.{name}" for name in tied)
         require(
             not tied,
             "tied-weights",
-            f"{', '.join(f'{path}.{name}' for name in tied)} is tied to a parameter of another module, which the fold would change too",
+            f"{names} is tied to a parameter of another module, which the fold would change too",
             remedy="untie it (clone the parameter) before fusing",
         )
 

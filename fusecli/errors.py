@@ -65,7 +65,7 @@ class RefusedError(FusecliError):
 
 
 class NotFoldable(Exception):
-    """The way a guard says no. The engine catches it and answers with a Refusal; users never see it raised."""
+    """The way a guard says no: the engine answers with a Refusal, and no user sees it raised."""
 
     def __init__(self, code: str, reason: str, *, evidence: tuple[str, ...] = (), remedy: str = "") -> None:
         super().__init__(f"{code}: {reason}")

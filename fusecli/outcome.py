@@ -94,7 +94,7 @@ class GroupReport:
 class LedgerEntry:
     """Something that was lost or changed besides the fold itself.
 
-    kind: "hook" | "requires-grad" | "tie" | "train-mode" | "assumed" | "statistics" | "prefix" | "device" | ...
+    kind: "hook" | "requires-grad" | "tie" | "train-mode" | "assumed" | "statistics" | "input"
     """
 
     kind: str

@@ -43,7 +43,7 @@ Cli = Callable[..., Run]
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs `fusecli WORDS` as the console script does: 80 columns, no terminal, nobody has allowed any code."""
+    """Runs `fusecli WORDS` as the console script does: 80 columns, no terminal, no code allowed."""
     monkeypatch.setenv("COLUMNS", "80")
     for name in (ENVIRONMENT, "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""The layers of the package: imports point down only, and what stands side by side does not know each other."""
+"""The layers of the package: imports point down only, and neighbours do not know each other."""
 
 from __future__ import annotations
 

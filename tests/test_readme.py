@@ -44,7 +44,7 @@ def test_every_command_is_known_to_these_tests():
 
 @pytest.fixture
 def anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder, where model.pt and fuse.yaml are those of the digits, whose code the project allows."""
+    """A user's folder: model.pt and fuse.yaml are those of the digits, whose code the project allows."""
     for name in ("model.pt", "fuse.yaml", "net.py", "heldout.safetensors"):
         shutil.copy(DIGITS / name, tmp_path)
     shutil.copytree(

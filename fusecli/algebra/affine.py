@@ -82,7 +82,7 @@ def batch_norm(
 
 def _require_finite(rows: Tensor, names: tuple[str, ...]) -> None:
     """Guard: rows [len(names), c] hold neither NaN nor Inf."""
-    # A sum hands both on, and is one operation where isfinite is five; a sum that overflows is looked at again.
+    # A sum hands both on and is one operation, isfinite is five; a sum that overflows is looked at again.
     if math.isfinite(rows.sum()):
         return
     finite = torch.isfinite(rows)

@@ -56,8 +56,8 @@ def write_safetensors(
         if pending:
             raise ValueError(f"tensors never arrived: {sorted(pending)}")
         if final is not None:
-            promised, (header, _) = len(header), _encode_header(path, layout, final())
-            if len(header) != promised:
+            length, (header, _) = len(header), _encode_header(path, layout, final())
+            if len(header) != length:
                 raise ValueError("the final metadata is not as long as promised")
         _write_at(file.fileno(), memoryview(header), 0)
 

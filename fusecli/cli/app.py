@@ -22,7 +22,7 @@ EXIT_CODES = (  # one line: typer keeps the line breaks, the terminal adds its o
 
 app = typer.Typer(
     name="fusecli",
-    help="Fold BatchNorm and friends into the layer beside them, and prove that the function stayed the same.",
+    help="Fold BatchNorm and friends into the layer beside them, and prove the function unchanged.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode="rich",

@@ -21,6 +21,7 @@ _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LAYER = {"weight", "bias"}
+_LAYER_RANKS = range(2, 6)  # of the weight: linear, and up to three spatial axes
 _STATISTICS = {"running_mean", "running_var"}
 _COUNTER = "num_batches_tracked"
 
@@ -52,7 +53,7 @@ def stand_in(path: str, shapes: Shapes, hints: Hints, rank: int) -> nn.Module:
     with torch.device("meta"):
         if shapes.keys() >= _STATISTICS:
             module: nn.Module = _norm(path, shapes, hints, rank)
-        elif "weight" in shapes and len(shapes["weight"][0]) >= 2 and shapes.keys() <= _LAYER:
+        elif "weight" in shapes and len(shapes["weight"][0]) in _LAYER_RANKS and shapes.keys() <= _LAYER:
             module = _layer(path, shapes["weight"][0], "bias" in shapes, hints)
         else:
             module = Unknown()
@@ -62,7 +63,7 @@ def stand_in(path: str, shapes: Shapes, hints: Hints, rank: int) -> nn.Module:
 
 def rank_of(shapes: Shapes) -> int:
     """Spatial axes of the layer that holds these tensors; 0 for a linear layer."""
-    return max(0, len(shapes["weight"][0]) - 2) if "weight" in shapes else 0
+    return min(max(0, len(shapes["weight"][0]) - 2), len(_NORM)) if "weight" in shapes else 0
 
 
 def hints_of(layer: nn.Module, norm: nn.Module | None) -> dict[str, Any]:

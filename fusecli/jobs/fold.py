@@ -106,7 +106,7 @@ def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group]) -> Fold:
 def write_fold(
     fold: Fold, path: Path, fmt: str, manifest: Callable[[str], Manifest], tick: Callable[[str], None]
 ) -> None:
-    """Folds and writes; raises Refused where a group's numbers do not allow it (statistics, overflow, a probe).
+    """Folds and writes; raises Refused where a group's numbers forbid it (statistics, overflow, a probe).
 
     `manifest` makes the manifest from the input's sha256, which is taken while the tensors are written.
     """
@@ -196,7 +196,7 @@ def _below(key: str, paths: set[str]) -> bool:
 
 
 def _stream(fold: Fold, tick: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the artifact under its new name; the folded ones first, one group in memory at a time."""
+    """Every tensor of the artifact under its new name; the folded ones first, a group in memory at a time."""
     keymap, tensors, keys = fold.keymap, fold.source.checkpoint.tensors, _keys_by_module(fold.source)
     refused: list[Refusal] = []
     tree = ModuleTree(fold.skeleton)

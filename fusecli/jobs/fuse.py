@@ -303,7 +303,7 @@ def verify_command(request: FuseRequest, target: Path, allowed: Iterable[str]) -
 
 
 def _with_remedy(refusal: Refusal) -> Refusal:
-    """Without model code a shape that does not fit is most often a transposed convolution taken for a plain one."""
+    """Without model code, a shape that does not fit is most often a transposed convolution's."""
     if refusal.code != "shape" or refusal.remedy:
         return refusal
     fix = "a state dict does not tell a transposed convolution, nor its groups"

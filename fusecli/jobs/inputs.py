@@ -67,8 +67,8 @@ def _drawn(entry: InputSpec, generator: torch.Generator, where: str) -> Tensor:
         if entry.range is None:
             fix = "add range: [0, 1000], the first value past the end is not drawn"
             raise UsageError(Problem(f"an {entry.dtype} input needs a range to draw from", where, fix))
-        low, high = (int(bound) for bound in entry.range)
-        return torch.randint(low, high, shape, generator=generator, dtype=torch.int64).to(dtype)
+        first, end = map(int, entry.range)
+        return torch.randint(first, end, shape, generator=generator, dtype=torch.int64).to(dtype)
     if entry.range is None:
         return torch.randn(shape, generator=generator).to(dtype)
     low, high = entry.range

@@ -75,19 +75,19 @@ def float64_fold(original: nn.Module, groups: Sequence[Group], vocabulary: Vocab
 
 
 def prove_alone(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict, list[GroupCheck]]:
-    """Judges each group by itself on random input; all other tensors have to be the original's, bit by bit."""
+    """Judges each group by itself on random input; all other tensors have to be the original's own bits."""
     dtypes = (torch.empty(0, dtype=tensor.dtype) for tensor in artifact.tensors.values())
     found = Findings([], narrowest(dtypes))
     wrong = sorted(fold.layout.keys() ^ artifact.tensors.keys())
     keymap = fold.keymap
     for number, (decision, rewrite) in enumerate(zip(fold.decisions, fold.rewrites, strict=True)):
         proof.tick(f"group {number + 1} of {len(fold.decisions)}")
-        names = {key: keymap(key) for key in rewrite.tensors}
+        names = {key: new for key in rewrite.tensors if (new := keymap(key)) is not None}
         stored = {key: artifact.tensors[new].load() for key, new in names.items() if new in artifact.tensors}
         members = {path: fold.source.member(path, fold.modules[path]) for path in decision.members}
         check, misstored = judge_alone(members, decision.rewrite, stored, proof.seed)
         found.checks.append(check)
-        wrong += [names[key] or key for key in misstored]
+        wrong += [names.get(key, key) for key in misstored]
     wrong += _changed(fold, artifact)
     found.note_stored(wrong, len(artifact.tensors))
     return verdict_of(found, proof.seed), found.checks

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from fusecli.spec import Spec
 
 @dataclass
 class Source:
-    """What is fused: `build` makes a fresh model of the user's own class; None: only the tensors are at hand."""
+    """What is fused: `build` makes a fresh model of the user's class; None: only the tensors are at hand."""
 
     checkpoint: Checkpoint
     build: Callable[[], nn.Module] | None
@@ -70,7 +71,7 @@ class Source:
         return dict(self.build().named_modules(remove_duplicate=False))
 
     def member(self, path: str, skeleton: nn.Module) -> nn.Module:
-        """The module at `path` with its tensors read from the checkpoint; `skeleton` is that of the meta model."""
+        """The module at `path` with its tensors from the checkpoint; `skeleton` is the meta model's."""
 
         def fetch(name: str, old: Tensor) -> Tensor:
             stored = self.checkpoint.tensors.get(f"{path}.{name}")
@@ -170,8 +171,9 @@ def planted(
     ledger: list[LedgerEntry] = []
     problems: list[Problem] = []
     for group in groups:
+        told: dict[str, Any] = {key: group.hints.get(key) for key in ("kind", "groups", "stride", "eps")}
         hints = Hints(
-            **{key: group.hints.get(key) for key in ("kind", "groups", "stride", "eps")},
+            **told,
             transposed=assume.get("transposed"),  # type: ignore[arg-type]  # the spec's own types
             assumed_eps=assume.get("eps"),  # type: ignore[arg-type]
             where=group.where,

@@ -87,7 +87,8 @@ from collections import OrderedDict
 from torch import nn
 
 def build():
-    return nn.Sequential(OrderedDict(up=nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2), bn=nn.BatchNorm2d(4)))
+    up = nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)
+    return nn.Sequential(OrderedDict(up=up, bn=nn.BatchNorm2d(4)))
 """
 
 
@@ -126,6 +127,15 @@ class TestTransposedWithoutCode:
         assert said in ended.err
 
 
+def test_a_weight_of_no_known_layer_is_refused(cli, project):
+    project(model=None, inputs=None, assume={"eps": 1e-5})
+    state = torch.load("model.pt", weights_only=True)
+    torch.save({**state, "conv.weight": torch.ones(6, 3, 1, 1, 1, 1)}, "model.pt")
+    ended = cli(*BARE)
+    assert (ended.code, ended.err) == (4, "")
+    assert "no rule fuses Unknown -> BatchNorm3d" in ended.out
+
+
 class TestCase46:
     """An inference-folded artifact says that it is one."""
 
@@ -149,7 +159,8 @@ from torch import nn
 
 def build():
     model = nn.Sequential(OrderedDict(
-        conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6), a=nn.Conv2d(6, 6, 1), b=nn.Conv2d(6, 6, 1, bias=False)))
+        conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6),
+        a=nn.Conv2d(6, 6, 1), b=nn.Conv2d(6, 6, 1, bias=False)))
     model.b.weight = model.a.weight
     return model
 """
@@ -254,7 +265,7 @@ def test_case_60_the_unmodified_class_does_not_take_the_artifact(cli, project):
     model = build(PAIR)
     with open_checkpoint(FUSED) as artifact:
         state = {name: tensor.load().clone() for name, tensor in artifact.tensors.items()}
-    with pytest.raises(RuntimeError, match="bn.running_mean"):
+    with pytest.raises(RuntimeError, match=r"bn\.running_mean"):
         model.load_state_dict(state)
     x = images(2, 3, 8, 8)
     fused = fusecli.load_fused(model, FUSED)

@@ -1,4 +1,4 @@
-"""The report: the same facts for people and programs, on success and on failure, and nothing else on stdout."""
+"""The report: the same facts for people and programs, on failure too, and nothing else on stdout."""
 
 from __future__ import annotations
 

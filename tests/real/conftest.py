@@ -1,4 +1,4 @@
-"""Networks with trained weights, fused with the specs of configs/models; scripts/setup installs the packages."""
+"""Networks with trained weights and their specs of configs/models; scripts/setup installs the packages."""
 
 from __future__ import annotations
 
