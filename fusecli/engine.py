@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from torch import nn
 
+from fusecli.algebra.blocks import BLOCK, undivided
 from fusecli.equivalence.compare import TOLERANCE
 from fusecli.equivalence.probe import changed_shape, probe
 from fusecli.errors import NotFoldable, Problem, UsageError, require
@@ -137,14 +139,25 @@ def fuse_tree(tree: ModuleTree, decisions: Sequence[Decision]) -> tuple[list[Led
 
 def compute_all(tree: ModuleTree, decisions: Sequence[Decision]) -> tuple[list[Rewrite], list[Refusal]]:
     """The rewrites of all decisions; nothing is applied."""
-    rewrites: list[Rewrite] = []
-    refused: list[Refusal] = []
-    for decision in decisions:
+
+    def attempt(decision: Decision) -> Rewrite | Refusal:
         try:
-            rewrites.append(compute(decision, {path: tree[path] for path in decision.members}))
+            return compute(decision, {path: tree[path] for path in decision.members})
         except NotFoldable as no:
-            refused.append(refusal(decision.group, no, decision.rule))
-    return rewrites, refused
+            return refusal(decision.group, no, decision.rule)
+
+    # Large groups side by side, each on one thread; small ones, and other people's code, here and in order.
+    with undivided() as threads, ThreadPoolExecutor(threads) as pool:
+        ahead = {n: pool.submit(attempt, d) for n, d in enumerate(decisions) if _is_large(tree, d)}
+        found = [ahead[n].result() if n in ahead else attempt(d) for n, d in enumerate(decisions)]
+    refused = [result for result in found if isinstance(result, Refusal)]
+    return [result for result in found if isinstance(result, Rewrite)], refused
+
+
+def _is_large(tree: ModuleTree, decision: Decision) -> bool:
+    weight = tree[decision.members[0]]._parameters.get("weight")
+    known = not decision.custom and all(is_exact(tree[path]) for path in decision.members)
+    return known and weight is not None and weight.numel() >= BLOCK
 
 
 def refusal(group: Group, no: NotFoldable, rule: str | None = None) -> Refusal:

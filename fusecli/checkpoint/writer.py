@@ -12,9 +12,10 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,12 +48,13 @@ def write_safetensors(
     """
     header, offsets = _encode_header(path, layout, metadata)
     pending = dict(offsets)
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, _Behind() as behind:
         for name, tensor in tensors:
             promised, found = layout.get(name), (tensor.dtype, tuple(tensor.shape))
             if name not in pending or promised != found:
                 raise ValueError(f"tensor '{name}': {found} arrived, the layout has {promised}")
-            _write_tensor(file.fileno(), tensor, pending.pop(name))
+            behind.do(_write_tensor, file.fileno(), tensor, pending.pop(name))
+        behind.wait()
         if pending:
             raise ValueError(f"tensors never arrived: {sorted(pending)}")
         if final is not None:
@@ -60,6 +62,33 @@ def write_safetensors(
             if len(header) != length:
                 raise ValueError("the final metadata is not as long as promised")
         _write_at(file.fileno(), memoryview(header), 0)
+
+
+class _Behind:
+    """Does one thing at a time on another thread: the next tensor is folded while this one is written.
+
+    The next thing waits for the one before: two tensors are in memory, not all of them.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def do(self, work: Callable[..., None], *args: Any) -> None:
+        self.wait()
+        self._last = self._pool.submit(work, *args)
+
+    def wait(self) -> None:
+        """Raises what the work before has raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
 
 def _encode_header(path: Path, layout: Layout, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

@@ -24,7 +24,8 @@ def judge(
 ) -> tuple[Verdict, list[GroupCheck]]:
     """The verdict on `subject` and what was seen of each group.
 
-    Raises UsageError where the original model cannot be run on the samples at all.
+    Raises UsageError where the original model cannot be run on the samples at all, KeyError where one of the
+    models has no module of a group's name.
     """
     original, fused = copy.deepcopy(subject.original).double(), with_exact_tensors(subject)
     checks = [
@@ -50,4 +51,5 @@ def judge(
 
 
 def _modules(model: nn.Module, group: tuple[str, ...]) -> list[nn.Module]:
-    return [model.get_submodule(path) for path in group]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [modules[path] for path in group]

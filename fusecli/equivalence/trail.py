@@ -18,6 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from fusecli.equivalence.compare import Difference
 
+# Where numbers cancel, what is left has the rounding of the numbers before: a step is held against this part
+# of them. Those above _LARGE are the fillings of masks, which nothing is subtracted from.
+_LEFT_OVER = 2.0**-14
+_LARGE = 1e6
 Step = tuple[str, tuple[int, ...], float, float]  # name, shape, size of what it was made from, projection
 
 
@@ -33,13 +37,16 @@ class Trail:
         Where a run goes another way (a forward that asks for the class of a module), what comes after is not
         compared: then the outputs have to tell.
         """
-        worst = Difference()
+        worst, largest = Difference(), 0.0
         for number, (mine, theirs) in enumerate(zip(self.steps, other.steps, strict=False)):
             if mine[:2] != theirs[:2]:
                 break
             name, shape, size, projection = mine
-            if size and math.isfinite(size) and projection != theirs[3]:
-                error = abs(projection - theirs[3]) / (size * math.sqrt(math.prod(shape)))
+            if math.isfinite(size):
+                largest = max(largest, min(size, _LARGE))
+            if math.isfinite(size) and projection != theirs[3]:
+                scale = max(size, theirs[2], _LEFT_OVER * largest) * math.sqrt(math.prod(shape))
+                error = abs(projection - theirs[3]) / scale
                 worst = worst.worse(Difference(error, f"step {number + 1} ({name})"))
         return worst
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecli.algebra import unpack
-from fusecli.algebra.blocks import BLOCK
+from fusecli.algebra.blocks import BLOCK, undivided
 from fusecli.checkpoint import write_pt, write_safetensors
 from fusecli.engine import Decision, Group, compute, plan, refusal
 from fusecli.errors import NotFoldable
@@ -110,7 +110,7 @@ def write_fold(
 
     `manifest` makes the manifest from the input's sha256, which is taken while the tensors are written.
     """
-    with fold.source.checkpoint.hashing() as digest:
+    with fold.source.checkpoint.hashing() as digest, undivided():
         tensors = _stream(fold, tick)
 
         def metadata() -> dict[str, str]:
@@ -221,12 +221,15 @@ def _stream(fold: Fold, tick: Callable[[str], None]) -> Iterator[tuple[str, Tens
             tensors[key].release()
     if refused:
         raise Refused(refused)
+    written_before = next(iter(tensors.values()))
     for key, stored in tensors.items():
         new = keymap(key)
         if new in fold.layout and new not in written:
             assert new is not None
             yield new, stored.load()
-            stored.release()
+            # The one before has been written by now; this one may still be on its way.
+            written_before.release()
+            written_before = stored
 
 
 def _modules(source: Source, tree: ModuleTree, decision: Decision, *, real: bool) -> Mapping[str, nn.Module]:
@@ -247,7 +250,7 @@ def weight_range(layer: nn.Module, rewrite: Rewrite, path: str) -> Ranges:
 
 
 def _range(weight: Tensor) -> float | None:
-    # Some rows at a time: as much as torch works on without waking its other threads, and no copy.
+    # Some rows at a time, which stay in the cache for both passes, and no copy.
     rows = weight.flatten(0, 1).flatten(1)
     blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
     largest = torch.cat([torch.maximum(block.amax(1), -block.amin(1)) for block in blocks]).double()

@@ -190,8 +190,10 @@ class TestCase55:
         x = images(2, 3, 8, 8)
         torch.testing.assert_close(fused(x), original(TIED)(x), rtol=1e-5, atol=1e-5)
 
-    def test_a_tied_weight_is_not_folded(self, cli, project, suffix):
-        project(TIED.replace("bias=False)))", "bias=False), n=nn.BatchNorm2d(6)))"), [["b", "n"]])
+    @pytest.mark.parametrize("line", ["", "    model.a.weight.tolist()  # not on the meta device\n"])
+    def test_a_tied_weight_is_not_folded(self, cli, project, suffix, line):
+        source = TIED.replace("    return model", line + "    return model")
+        project(source.replace("bias=False)))", "bias=False), n=nn.BatchNorm2d(6)))"), [["b", "n"]])
         ended = cli(*FUSE, "-o", f"out.{suffix}")
         assert ended.code == 4
         assert "tied-weights" in ended.out

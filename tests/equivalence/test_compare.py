@@ -126,4 +126,11 @@ def test_a_trail_knows_single_elements_and_forgives_cancellation() -> None:
     assert Trail(a).against(Trail(b)).error == pytest.approx(1e-6)
     large = [("sub", (4,), 1e12, 0.25)], [("sub", (4,), 1e12, 0.25 + 2e-6)]
     assert Trail(large[0]).against(Trail(large[1])).error < 1e-9
+    left = (
+        [("sub", (4,), 1.0, 0.0), ("abs", (4,), 1e-16, 2e-16)],
+        [("sub", (4,), 1.0, 0.0), ("abs", (4,), 1e-16, 0.0)],
+    )
+    assert Trail(left[0]).against(Trail(left[1])).error < 1e-9
+    zero = Trail([("relu", (4,), 0.0, 0.0)])
+    assert zero.against(Trail([("relu", (4,), 1.0, 0.5)])).error > 1e-2
     assert Trail(a).against(Trail([("mul", (4,), 1.0, 9.0)])).error == 0.0

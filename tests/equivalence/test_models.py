@@ -153,6 +153,15 @@ def test_an_attribute_that_no_tensor_shows_is_judged_in_float64() -> None:
         assert "something besides the tensors was changed" in judged.reasons[0]
 
 
+def test_a_fused_model_that_lost_a_module_is_different() -> None:
+    model = net(pair, conv=conv(), bn=bn())
+    right = right_fold(model)
+    del right._modules["bn"]
+    judged = fusecli.verify(model, right, X)
+    assert judged.judgement is Judgement.DIFFERENT
+    assert "bn" in judged.reasons[0]
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     return {
         "state": {key: value.clone() for key, value in model.state_dict().items()},
