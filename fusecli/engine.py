@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from torch import nn
 
-from fusecli.algebra.blocks import BLOCK, undivided
+from fusecli.algebra.blocks import undivided
 from fusecli.equivalence.compare import TOLERANCE
 from fusecli.equivalence.probe import changed_shape, probe
 from fusecli.errors import NotFoldable, Problem, UsageError, require
@@ -146,18 +145,10 @@ def compute_all(tree: ModuleTree, decisions: Sequence[Decision]) -> tuple[list[R
         except NotFoldable as no:
             return refusal(decision.group, no, decision.rule)
 
-    # Large groups side by side, each on one thread; small ones, and other people's code, here and in order.
-    with undivided() as threads, ThreadPoolExecutor(threads) as pool:
-        ahead = {n: pool.submit(attempt, d) for n, d in enumerate(decisions) if _is_large(tree, d)}
-        found = [ahead[n].result() if n in ahead else attempt(d) for n, d in enumerate(decisions)]
+    with undivided():
+        found = [attempt(decision) for decision in decisions]
     refused = [result for result in found if isinstance(result, Refusal)]
     return [result for result in found if isinstance(result, Rewrite)], refused
-
-
-def _is_large(tree: ModuleTree, decision: Decision) -> bool:
-    weight = tree[decision.members[0]]._parameters.get("weight")
-    known = not decision.custom and all(is_exact(tree[path]) for path in decision.members)
-    return known and weight is not None and weight.numel() >= BLOCK
 
 
 def refusal(group: Group, no: NotFoldable, rule: str | None = None) -> Refusal:

@@ -55,9 +55,10 @@ def scaled(weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     the memory order of `weight`. Peak extra memory: the result and one block.
     Raises NotFoldable "overflow" and "not-finite" as round_once does.
     """
-    result = torch.empty_like(weight, dtype=dtype)
     if weight.is_meta:
-        return result
+        # empty_like would import sympy for its strides.
+        return torch.empty_strided(weight.shape, weight.stride(), dtype=dtype, device="meta")
+    result = torch.empty_like(weight, dtype=dtype)
     wide = torch.empty(0, dtype=torch.float64)
     for source, multiplier, target in blocks(weight, factor, result):
         if wide.shape != source.shape:

@@ -22,9 +22,10 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     Raises NotFoldable "overflow" when a finite value has no finite neighbour in `dtype`,
     "not-finite" when `exact` holds NaN or Inf, "dtype" for any other dtype. Meta tensors pass.
     """
+    if exact.is_meta:
+        return torch.empty_strided(exact.shape, exact.stride(), dtype=dtype, device="meta")
     out = torch.empty_like(exact, dtype=dtype)
-    if not exact.is_meta:
-        round_into(out, exact)
+    round_into(out, exact)
     return out
 
 
