@@ -26,7 +26,7 @@ from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold, weight_ra
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.source import Source, vocabulary_of
 from fusecli.outcome import Judgement, LedgerEntry, Outcome, Verdict
-from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite
+from fusecli.rewrite import Bias, ModuleTree, Rewrite, apply_rewrite
 from fusecli.spec import Spec, read_spec, spec_from_mapping
 from fusecli.spec.wildcards import bind_groups, bind_lists
 
@@ -146,7 +146,12 @@ def fuse(
         groups=reports,
         unfused=unfused,
         verification=verdict,
-        ledger=(*_train_mode(model), *facts.statistics_ledger(source.checkpoint, fold.decisions), *lost),
+        ledger=(
+            *_train_mode(model),
+            *facts.statistics_ledger(source.checkpoint, fold.decisions),
+            *_new_biases(tree, rewrites),
+            *lost,
+        ),
         totals_after=facts.totals(facts.layout_of(_in_memory(fused)), fused),
         model=fused if verdict.judgement is not Judgement.DIFFERENT else None,
     )
@@ -272,6 +277,22 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _names(tree: ModuleTree) -> list[str]:
     return [path for path in tree.modules if path]
+
+
+def _new_biases(tree: ModuleTree, rewrites: Iterable[Rewrite]) -> list[LedgerEntry]:
+    """Parameters that an optimizer or a freezing loop has not seen before."""
+    edits = (edit for rewrite in rewrites for edit in rewrite.edits if isinstance(edit, Bias))
+    layers = [(edit.path, tree[edit.path]) for edit in edits]
+    new = [(path, layer) for path, layer in layers if layer._parameters.get("bias") is None]
+    return [
+        LedgerEntry(
+            "requires-grad",
+            f"{path}.bias",
+            f"a new parameter, requires_grad={weight.requires_grad} as its weight",
+        )
+        for path, layer in new
+        if (weight := layer._parameters.get("weight")) is not None
+    ]
 
 
 def _train_mode(model: nn.Module) -> list[LedgerEntry]:

@@ -45,6 +45,9 @@ class Findings:
 
     def note_stored(self, wrong: Sequence[str], total: int) -> None:
         """The result of comparing `total` stored tensors; `wrong` are the keys of those that do not hold."""
+        for check in self.checks:
+            below = tuple(f"{path}." for path in check.members)
+            check.misstored = any(key.startswith(below) for key in wrong)
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             self.misstored.append(f"stored tensors do not hold the fold: {', '.join(wrong[:3])}{more}")
@@ -71,7 +74,7 @@ class Findings:
 def verdict_of(found: Findings, seed: int) -> Verdict:
     """The verdict: the worst that one of the four checks says; its reasons are the definite ones first."""
     groups = sorted(found.checks, key=lambda check: (check.order is None, check.order))
-    different = [check for check in groups if check.differs]
+    different = [check for check in groups if check.judgement is Judgement.DIFFERENT]
     results = _results(found)
     errors = [found.end.error, found.inside.error, *(check.difference.error for check in found.checks)]
     return Verdict(
@@ -80,7 +83,10 @@ def verdict_of(found: Findings, seed: int) -> Verdict:
         drift=found.drift,
         noise_floor=found.noise,
         tolerance=found.tolerance,
-        smallest_tolerance=max(errors) if max(errors) < math.inf else None,
+        # No tolerance would accept wrong tensors or too much drift.
+        smallest_tolerance=max(errors)
+        if max(errors) < math.inf and not (found.misstored or found.too_far)
+        else None,
         first_different=different[0].members if different else None,
         end_to_end=found.runs > 0,
         samples=found.runs,
@@ -99,7 +105,7 @@ def _worst(results: Mapping[str, Judgement]) -> Judgement:
 
 
 def _differences(found: Findings, different: Sequence[GroupCheck]) -> list[str]:
-    reasons = [f"{' + '.join(check.members)}: {check.why}" for check in different]
+    reasons = [f"{' + '.join(check.members)}: {check.why}" for check in different if check.differs]
     if found.whole_differs:
         reasons.append(f"end to end: {_whole(found)}")
     if found.too_far and not found.broken:

@@ -38,6 +38,7 @@ class GroupCheck:
     noise_floor: float | None = None
     trouble: str = ""
     undefined: bool = False
+    misstored: bool = False
     _perturbed: list[nn.Module] = field(default_factory=list, repr=False)
 
     @torch.no_grad()  # the forward around may have enabled gradients
@@ -72,7 +73,7 @@ class GroupCheck:
 
     @property
     def judgement(self) -> Judgement:
-        if self.differs:
+        if self.differs or self.misstored:
             return Judgement.DIFFERENT
         return Judgement.INCONCLUSIVE if self.why else Judgement.EQUIVALENT
 
@@ -84,6 +85,8 @@ class GroupCheck:
         if self.differs:
             number = f"relative error {self.difference.error:.1e} in float64"
             return self.difference.why or number
+        if self.misstored:
+            return "its stored tensors do not hold the fold"
         if not self.calls:
             return "the inputs never executed it"
         if self.undefined:

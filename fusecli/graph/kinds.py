@@ -65,8 +65,10 @@ def _kind_of_class(cls: type) -> str:
 
 def is_norm(module: nn.Module) -> bool:
     """BatchNorm and all that carry running statistics and an eps like it (FrozenBatchNorm2d too)."""
-    looks_like_one = {"running_mean", "running_var"} <= module._buffers.keys() and hasattr(module, "eps")
-    return isinstance(module, _NormBase) or looks_like_one
+    if isinstance(module, _NormBase):
+        return True
+    # Asked name by name: the buffers of a scripted module are no dict.
+    return all(name in module._buffers for name in ("running_mean", "running_var")) and hasattr(module, "eps")
 
 
 def is_exact(module: nn.Module) -> bool:

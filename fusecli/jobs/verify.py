@@ -153,7 +153,7 @@ def _verify(
     verdict = strictly(replace(verdict, groups=reports), outcome, request.strict)
     status, code = _STATUS[verdict.judgement]
     return replace(
-        outcome, verification=verdict, status=status, exit_code=code, next_step=_next(request, whole)
+        outcome, verification=verdict, status=status, exit_code=code, next_step=_next(request, whole, code)
     )
 
 
@@ -170,7 +170,9 @@ def _mismatches(checkpoint: Checkpoint, manifest: Manifest) -> list[LedgerEntry]
     ]
 
 
-def _next(request: VerifyRequest, model: nn.Module | None) -> str:
+def _next(request: VerifyRequest, model: nn.Module | None, code: ExitCode) -> str:
+    if code is ExitCode.DIFFERENT:
+        return "do not release this artifact; fuse the checkpoint again"
     if model is None and request.spec is None:
         return "add --spec fuse.yaml to run the model too, end to end"
     return ""
