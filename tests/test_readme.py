@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from tests.nets import randomise
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -66,6 +68,16 @@ def test_the_commands_in_their_order_and_the_python(cli, anywhere, monkeypatch):
     exec("import fusecli\n" + source, names)
     assert isinstance(names["model"], torch.nn.Module)
     assert not names["model"].training
+
+
+def test_the_python_api_as_it_stands(anywhere, capsys):
+    (source,) = (block for block in blocks("python") if "outcome" in block)
+    net: dict[str, object] = {}
+    exec((anywhere / "net.py").read_text(), net)
+    names = {"model": randomise(net["build"](), seed=0), "inputs": torch.randn(2, 1, 8, 8)}
+    exec(source, names)
+    assert capsys.readouterr().out.splitlines() == ["fused equivalent", "equivalent"]
+    assert type(names["fused"].stem.conv).__name__ == "ConvReLU2d"
 
 
 def test_the_yaml_is_the_digits_spec():
