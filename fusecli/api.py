@@ -23,6 +23,7 @@ from fusecli.equivalence.subject import Subject
 from fusecli.errors import ExitCode, Problem, RefusedError, UsageError
 from fusecli.jobs import facts
 from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold, weight_range
+from fusecli.jobs.fuse import STATUS
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.source import Source, vocabulary_of
 from fusecli.outcome import Judgement, LedgerEntry, Outcome, Verdict
@@ -33,11 +34,6 @@ from fusecli.spec.wildcards import bind_groups, bind_lists
 __all__ = ["fuse", "fuse_modules", "load_fused", "verify"]
 
 _log = logging.getLogger("fusecli")
-_STATUS = {
-    Judgement.EQUIVALENT: ("fused", ExitCode.OK),
-    Judgement.DIFFERENT: ("different", ExitCode.DIFFERENT),
-    Judgement.INCONCLUSIVE: ("inconclusive", ExitCode.INCONCLUSIVE),
-}
 Groups = Sequence[str] | Sequence[Sequence[str]]
 
 
@@ -138,7 +134,7 @@ def fuse(
     verdict, checks = _judged(model, fused, fold, Sample.of(inputs), read.verify.seed)
     reports = reported(group_reports(fold, fused), checks)
     verdict = replace(verdict, groups=reports)
-    status, code = _STATUS[verdict.judgement]
+    status, code = STATUS[verdict.judgement]
     return replace(
         before,
         status=status,

@@ -34,7 +34,7 @@ from fusecli.spec.groups import GroupSpec
 from fusecli.spec.wildcards import bind_groups
 
 Tick = Callable[[str], None]
-_STATUS = {
+STATUS = {
     Judgement.EQUIVALENT: ("fused", ExitCode.OK),
     Judgement.DIFFERENT: ("different", ExitCode.DIFFERENT),
     Judgement.INCONCLUSIVE: ("inconclusive", ExitCode.INCONCLUSIVE),
@@ -204,7 +204,7 @@ class _Job:
         verdict, checks = self._judge(fold, artifact)
         groups = reported(outcome.groups, checks)
         verdict = strictly(replace(verdict, groups=groups), outcome, self.request.strict)
-        status, code = _STATUS[verdict.judgement]
+        status, code = STATUS[verdict.judgement]
         return replace(outcome, groups=groups, verification=verdict, status=status, exit_code=code)
 
     def _judge(self, fold: Fold, artifact: Checkpoint) -> tuple[Verdict, Any]:
