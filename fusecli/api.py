@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from fusecli.equivalence.judge import judge
 from fusecli.equivalence.run import Sample
 from fusecli.equivalence.subject import Subject
 from fusecli.errors import ExitCode, Problem, RefusedError, UsageError
+from fusecli.graph.materialise import duplicate
 from fusecli.jobs import facts
 from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold, weight_range
 from fusecli.jobs.fuse import STATUS
@@ -93,7 +93,7 @@ def fuse(
     `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
     """
     read = _spec(spec, groups)
-    source = Source(_in_memory(model), lambda: copy.deepcopy(model))
+    source = Source(_in_memory(model), lambda: duplicate(model))
     source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
     tree = ModuleTree(model)
     bound = [Group(g.modules, g.where) for g in bind_groups(read, _names(tree))]
@@ -164,7 +164,7 @@ def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0)
     names = ModuleTree(fused).fused_groups
     if not names:
         return judge_foreign(_copy(original), _copy(fused), sample, seed)
-    source = Source(_in_memory(original), lambda: copy.deepcopy(original))
+    source = Source(_in_memory(original), lambda: duplicate(original))
     try:
         fold = plan_fold(source, original, [Group(tuple(modules)) for modules in names])
         verdict, checks = _judged(original, fused, fold, sample, seed)
@@ -203,8 +203,9 @@ def _applied(
         # Weights that get a new value need no copy: until then the copy holds the original's own.
         new = replaced(rewrites)
         shared = {id(p): p for name, p in model.named_parameters() if name in new}
-        model = copy.deepcopy(model, dict(shared))
-    tree = ModuleTree(model.eval())
+        model = duplicate(model, shared)
+    model.eval()
+    tree = ModuleTree(model)
     lost = [entry for rewrite in rewrites for entry in apply_rewrite(tree, rewrite)]
     if decisions:
         custom = any(decision.custom for decision in decisions)
@@ -219,7 +220,7 @@ def _with_fuser_func(
     fuser_func: Callable[..., Sequence[nn.Module]],
     additional: Mapping[Any, Any],
 ) -> nn.Module:
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else duplicate(model)
     tree = ModuleTree(model)
     made: list[tuple[str, nn.Module]] = []
     for group in bind_lists(modules_to_fuse, _names(tree)):
@@ -268,7 +269,9 @@ def _in_memory(model: nn.Module) -> Checkpoint:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval()
+    twin = duplicate(model)
+    twin.eval()  # by itself: a class may have a train() that returns nothing
+    return twin
 
 
 def _names(tree: ModuleTree) -> list[str]:

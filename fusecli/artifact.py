@@ -45,8 +45,9 @@ def load_into(
     replay(model, edits, where)
     load_strictly(model, loaded(artifact), where)
     custom = any(isinstance(edit, Opaque) for edit in edits)
-    ModuleTree(model).note_groups((group.modules for group in manifest.groups), custom=custom)
-    return model.eval()
+    ModuleTree(model).note_groups((group.planned for group in manifest.groups), custom=custom)
+    model.eval()
+    return model
 
 
 def manifest_of(checkpoint: Checkpoint) -> Manifest:

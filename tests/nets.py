@@ -30,7 +30,8 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
         for module in model.modules():
             if "running_mean" in module._buffers and getattr(module, "weight", None) is not None:
                 module.weight[::3] = -module.weight[::3].abs() - 0.1
-    return model.eval()
+    model.eval()
+    return model
 
 
 def chain(seed: int = 0, **modules: nn.Module) -> Any:

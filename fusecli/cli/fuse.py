@@ -57,7 +57,9 @@ def fuse(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent
-            from fusecli.jobs.fuse import FuseRequest, fuse_file
+            from fusecli.jobs.fuse import FuseRequest, fuse_file, protected
+
+            reports.spare(protected(parsed))
 
             request = FuseRequest(
                 checkpoint, parsed, output, fmt, force, dry_run, strict, allow_pickle, seed, samples

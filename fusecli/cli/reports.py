@@ -7,7 +7,7 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import typer
@@ -28,6 +28,7 @@ class Reports:
 
     wanted: tuple[tuple[str, str], ...]
     quiet: bool
+    spared: list[Path] = field(default_factory=list)
 
     @classmethod
     def parse(cls, words: Sequence[str], quiet: bool, files: Sequence[Path | None]) -> Reports:
@@ -49,6 +50,14 @@ class Reports:
             wanted.append((fmt, path))
         return cls(tuple(wanted), quiet)
 
+    def spare(self, files: Sequence[Path]) -> None:
+        """Raises UsageError if a report would replace one of `files`, such as those that a spec names; not
+        even the report of that error goes there."""
+        self.spared.extend(files)
+        for _, path in self.wanted:
+            if path != _STDOUT:
+                _check(Path(path), files)
+
     def deliver(self, outcome: Outcome) -> None:
         """Prints and writes the outcome in every rendering."""
         self.write(outcome)
@@ -65,6 +74,8 @@ class Reports:
     def write(self, outcome: Outcome) -> None:
         """Every --report; the files first, since whoever reads stdout may leave."""
         for fmt, path in sorted(self.wanted, key=lambda report: report[1] == _STDOUT):
+            if path != _STDOUT and any(_is_same(Path(path), file) for file in self.spared):
+                continue
             text = _rendered(outcome, fmt)
             if path == _STDOUT:
                 with reader_may_leave():
@@ -106,6 +117,13 @@ def finish(failed: Failed, reports: Reports, work: Callable[[], Outcome]) -> Non
     except FusecliError as error:
         reports.write(failed.outcome(error.exit_code, error.problems))
         raise
+    except SystemExit as stop:
+        # Its code would be taken for ours: 0 for a file that was never written.
+        left = UsageError(
+            Problem(f"the model's code called sys.exit({stop.code!r})", "model", "take that out")
+        )
+        reports.write(failed.outcome(left.exit_code, left.problems))
+        raise left from None
     except Exception as error:  # a bug: a program that waits for the report learns of it
         reports.write(failed.outcome(ExitCode.BUG, [f"{type(error).__name__}: {error}"]))
         raise
@@ -123,7 +141,7 @@ def _rendered(outcome: Outcome, fmt: str) -> str:
 
 def _check(path: Path, files: Sequence[Path]) -> None:
     for file in files:
-        if path.resolve() == file.resolve() or (path.exists() and file.exists() and path.samefile(file)):
+        if _is_same(path, file):
             what = "a report cannot replace a file of the command itself"
             raise UsageError(Problem(what, str(path), "choose another path"))
     if path.is_dir():
@@ -132,6 +150,10 @@ def _check(path: Path, files: Sequence[Path]) -> None:
         raise UsageError(Problem(f"the folder '{path.parent}' does not exist", str(path), "create it first"))
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise _unwritable(path, "permission denied")
+
+
+def _is_same(path: Path, file: Path) -> bool:
+    return path.resolve() == file.resolve() or (path.exists() and file.exists() and path.samefile(file))
 
 
 def _write(path: Path, text: str, outcome: Outcome) -> None:

@@ -43,7 +43,10 @@ def verify(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent
+            from fusecli.jobs.fuse import protected
             from fusecli.jobs.verify import VerifyRequest, verify_file
+
+            reports.spare(protected(parsed) if parsed else [])
 
             request = VerifyRequest(checkpoint, fused, parsed, strict, allow_pickle, seed, samples)
             with dialogue(quiet) as person:

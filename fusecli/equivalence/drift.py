@@ -27,7 +27,8 @@ def measure_drift(subject: Subject, sample: Sample, seed: int, reference: Any, f
     except Incomparable:
         raise
     except Exception as error:  # e.g. an op that this CPU build has not got in float16
-        found.unmeasured.append(f"not run in the stored dtype: {type(error).__name__}: {error}")
+        message = f"not run in the stored dtype, {found.dtype}: {type(error).__name__}: {error}"
+        found.unmeasured.append(f"{message}; give the inputs that dtype, if it is theirs")
         return
     try:
         fused = run(subject.fused, sample, seed=seed)

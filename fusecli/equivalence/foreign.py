@@ -19,6 +19,7 @@ from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, com
 from fusecli.equivalence.reading import Reading
 from fusecli.equivalence.run import Sample, run
 from fusecli.errors import Problem, UsageError
+from fusecli.graph.materialise import duplicate
 from fusecli.outcome import Judgement, Verdict
 
 _DRAWS = 4
@@ -84,7 +85,7 @@ class _Seen:
 
 
 def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) -> Verdict:
-    a, b = copy.deepcopy(original).double(), copy.deepcopy(fused).double()
+    a, b = duplicate(original).double(), duplicate(fused).double()
     try:
         reference = _answer(a, original, sample, seed)
     except _Fails as fails:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -16,6 +15,7 @@ from fusecli.equivalence.run import Sample
 from fusecli.equivalence.stored import misstored
 from fusecli.equivalence.subject import Subject, with_exact_tensors
 from fusecli.equivalence.trial import NoTwin, Trial
+from fusecli.graph.materialise import duplicate
 from fusecli.outcome import Verdict
 
 
@@ -27,7 +27,7 @@ def judge(
     Raises UsageError where the original model cannot be run on the samples at all, KeyError where one of the
     models has no module of a group's name.
     """
-    original, fused = copy.deepcopy(subject.original).double(), with_exact_tensors(subject)
+    original, fused = duplicate(subject.original).double(), with_exact_tensors(subject)
     checks = [
         GroupCheck(group, _modules(fused, group), _modules(subject.fused, group)) for group in subject.groups
     ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from torch import Tensor, nn
+
+from fusecli.graph.materialise import duplicate
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ def with_exact_tensors(subject: Subject) -> nn.Module:
     So its own structure, attributes and code are run; its stored tensors are held against the exact ones.
     """
     exact = _tensors(subject.exact)
-    memo: dict[int, Any] = {
+    instead = {
         id(tensor): exact[name]
         for name, tensor in _tensors(subject.fused).items()
         if name in exact and exact[name].shape == tensor.shape
     }
-    return copy.deepcopy(subject.fused, memo).double()
+    return duplicate(subject.fused, instead).double()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

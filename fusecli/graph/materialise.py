@@ -40,6 +40,20 @@ def with_tensors(module: nn.Module, fetch: Callable[[str, Tensor], Tensor], pref
     return clone
 
 
+def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> nn.Module:
+    """A deep copy of `model`; `instead` says, by id, what it holds where the original holds something else.
+
+    torch copies no tensor that autograd has computed, such as the weight that weight_norm keeps beside its
+    parameters, or an activation that a forward has left behind: of those the copy gets the values.
+    """
+    memo: dict[int, object] = dict(instead or {})
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
 def in_float64(module: nn.Module) -> nn.Module:
     """A copy of `module` with its floating-point tensors in float64; it shares no memory with `module`."""
     return with_tensors(

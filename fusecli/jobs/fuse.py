@@ -64,7 +64,7 @@ def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: Non
     """
     spec = request.spec
     fmt, target = _target(request, spec)
-    check_target(target, request.checkpoint, request.force or request.dry_run, _protected(spec))
+    check_target(target, request.checkpoint, request.force or request.dry_run, protected(spec))
     tick("opening the checkpoint")
     with _opened(request, spec) as checkpoint:
         outcome = Outcome("fuse", "refused", ExitCode.REFUSED, spec=facts.spec_facts(spec))
@@ -97,7 +97,7 @@ def _target(request: FuseRequest, spec: Spec) -> tuple[str, Path]:
     return fmt, request.checkpoint.parent / f"{request.checkpoint.stem}.fused.{fmt}"
 
 
-def _protected(spec: Spec) -> list[Path]:
+def protected(spec: Spec) -> list[Path]:
     """Files besides the checkpoint that the work reads: the spec, its inputs, its code."""
     read = [entry.file for entry in entries_of(spec.inputs) if entry.file]
     named = [spec.model.factory] if spec.model else []
@@ -182,7 +182,7 @@ class _Job:
             strip_prefix=self.spec.checkpoint.strip_prefix,
         )
         with staged(
-            self.target, request.force or request.dry_run, request.checkpoint, _protected(self.spec)
+            self.target, request.force or request.dry_run, request.checkpoint, protected(self.spec)
         ) as stage:
             write_fold(fold, stage.path, self.fmt, manifest, self.tick)
             self.ledger += self.source.ledger + facts.statistics_ledger(checkpoint, fold.decisions)

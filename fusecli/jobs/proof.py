@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +20,7 @@ from fusecli.equivalence.noise import narrowest
 from fusecli.equivalence.run import Sample
 from fusecli.equivalence.subject import Subject
 from fusecli.errors import RefusedError
+from fusecli.graph.materialise import duplicate
 from fusecli.jobs.fold import Fold
 from fusecli.outcome import GroupReport, Verdict
 from fusecli.rewrite import ModuleTree
@@ -64,7 +64,7 @@ def float64_fold(original: nn.Module, groups: Sequence[Group], vocabulary: Vocab
 
     Raises RefusedError where float64 weights cannot be fused: the caller has fused them in a narrower dtype.
     """
-    twin = copy.deepcopy(original).double()
+    twin = duplicate(original).double()
     tree = ModuleTree(twin)
     planned = plan(tree, groups, vocabulary)
     _, refused = fuse_tree(tree, planned.decisions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent, load_class, load_object
 from fusecli.engine import CustomFuser, Group, Vocabulary
 from fusecli.errors import Problem, UsageError
-from fusecli.graph.materialise import with_tensors
+from fusecli.graph.materialise import duplicate, with_tensors
 from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
 from fusecli.outcome import Evidence, LedgerEntry
 from fusecli.rewrite import plant
@@ -48,6 +48,7 @@ class Source:
                 model = self.build()
         except UsageError:
             model = self.build()  # a factory that computes with its weights cannot be built without numbers
+        self._restore_names(model)
         ties = ties_of(model)  # moving a module makes a parameter of each of its names
         tie(model.to("meta"), ties)
         stored = {
@@ -55,14 +56,25 @@ class Source:
             for name, tensor in self.checkpoint.tensors.items()
         }
         load_strictly(model, {**stored, **self.checkpoint.others}, str(self.checkpoint.path))
-        return model.eval()
+        model.eval()  # by itself: a class may have a train() that returns nothing
+        return model
+
+    def _restore_names(self, model: nn.Module) -> None:
+        """A prefix that looked like a wrapper's is the model's own where the model has it."""
+        prefix = "".join(self.checkpoint.prefixes)
+        expected = model.state_dict().keys()
+        tensors = {f"{prefix}{name}": tensor for name, tensor in self.checkpoint.tensors.items()}
+        if prefix and tensors.keys() <= expected and not self.checkpoint.tensors.keys() <= expected:
+            ties = tuple(tuple(f"{prefix}{name}" for name in tie) for tie in self.checkpoint.ties)
+            self.checkpoint = replace(self.checkpoint, tensors=tensors, ties=ties, prefixes=())
 
     def original(self) -> nn.Module:
         """A fresh model with the checkpoint's tensors, in eval mode."""
         assert self.build is not None
         model = self.build()
         load_strictly(model, loaded(self.checkpoint), str(self.checkpoint.path))
-        return model.eval()
+        model.eval()
+        return model
 
     @cached_property
     def built(self) -> dict[str, nn.Module]:
@@ -99,7 +111,7 @@ def source_of(checkpoint: Checkpoint, spec: Spec, consent: Consent) -> Source:
     if build is None and checkpoint.module is not None:
         module = checkpoint.module
         return Source(
-            checkpoint, lambda: copy.deepcopy(module), vocabulary_of(spec, consent), _train_mode(module)
+            checkpoint, lambda: duplicate(module), vocabulary_of(spec, consent), _train_mode(module)
         )
     return Source(checkpoint, build, vocabulary_of(spec, consent))
 

@@ -95,7 +95,7 @@ def _no_original(request: VerifyRequest) -> UsageError:
 def _structure(
     checkpoint: Checkpoint, spec: Spec | None, manifest: Manifest, consent: Consent, fused: Path
 ) -> tuple[Source, nn.Module, list[Group]]:
-    groups = [Group(record.modules, hints=record.hints) for record in manifest.groups]
+    groups = [Group(record.planned, hints=record.hints) for record in manifest.groups]
     if spec is not None or checkpoint.module is not None:
         source = source_of(checkpoint, spec or Spec(), consent)
         if source.build is not None:

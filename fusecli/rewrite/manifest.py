@@ -29,6 +29,13 @@ class GroupRecord:
     kept: tuple[str, ...] = ()
     hints: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def planned(self) -> tuple[str, ...]:
+        """The modules that the rule was chosen for. Without model code nobody knew what a kept one was; with
+        it, the same list would now be fused otherwise."""
+        claimed = self.evidence is Evidence.CLAIMED
+        return tuple(path for path in self.modules if not (claimed and path in self.kept))
+
 
 @dataclass(frozen=True)
 class Manifest:

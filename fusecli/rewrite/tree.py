@@ -31,7 +31,7 @@ class ModuleTree:
         """Adds to `fused_groups`, unless custom fusers took part, now or before."""
         state = self.model.__dict__
         earlier = state.get(_GROUPS)
-        state[_GROUPS] = () if custom or earlier == () else (*(earlier or ()), *groups)
+        state[_GROUPS] = () if custom or earlier == () else tuple(dict.fromkeys((*(earlier or ()), *groups)))
 
     def replace(self, path: str, module: nn.Module) -> None:
         """Puts `module` where `path` leads; the root itself has no place to be replaced at."""

@@ -1,0 +1,121 @@
+"""Models that are legal and odd: each was once refused, misjudged, or ended as a bug."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import fusecli
+from fusecli.outcome import Judgement
+from tests.cli.conftest import PAIR
+
+FUSE = ("fuse", "model.pt", "--spec", "fuse.yaml", "--allow-code", "net.py", "-o", "out.safetensors")
+VERIFY = ("verify", "model.pt", "out.safetensors", "--spec", "fuse.yaml", "--allow-code", "net.py")
+NET = """
+import sys
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        {setup}
+    def forward(self, x):
+        {before}
+        return {result}
+{extra}
+build = Net
+"""
+
+
+def net(
+    setup: str = "pass", before: str = "pass", result: str = "self.bn(self.conv(x))", extra: str = ""
+) -> str:
+    return NET.format(setup=setup, before=before, result=result, extra=extra)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_sys_exit_in_the_models_code_is_no_exit_code_of_ours(cli, project, code):
+    project(net(before=f"sys.exit({code})"))
+    ended = cli(*FUSE, "--report", "json=report.json")
+    assert ended.code == 2
+    assert f"sys.exit({code})" in ended.err
+    assert Path("report.json").is_file()
+    assert not Path("out.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", [FUSE, VERIFY])
+def test_a_report_never_replaces_the_models_code(cli, project, command):
+    project()
+    assert cli(*FUSE).code == 0
+    source = Path("net.py").read_text()
+    ended = cli(*command, *(["--force"] if command is FUSE else []), "--report", "md=net.py")
+    assert ended.code == 2
+    assert Path("net.py").read_text() == source
+
+
+def test_an_artifact_made_without_the_code_is_verified_with_it(cli, project):
+    source = PAIR.replace("bn=nn.BatchNorm2d(6)", "bn=nn.BatchNorm2d(6), relu=nn.ReLU()")
+    groups = [["conv", "bn", "relu"]]
+    project(source, groups, inputs=None, model=None, assume={"eps": 1e-5})
+    assert cli(*FUSE).code == 0
+    project(source, groups)
+    ended = cli(*VERIFY)
+    assert ended.code == 0, ended.out
+    names: dict = {}
+    exec(source, names)
+    original = names["build"]()
+    original.load_state_dict(torch.load("model.pt", weights_only=True))
+    fused = fusecli.load_fused(names["build"](), "out.safetensors")
+    assert fusecli.verify(original, fused, torch.randn(2, 3, 8, 8)).judgement is Judgement.EQUIVALENT
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_weight_norm_beside_the_group_stays(cli, project):
+    project(
+        net(
+            setup="self.c2 = nn.utils.weight_norm(nn.Conv2d(6, 6, 3))",
+            result="self.c2(self.bn(self.conv(x)))",
+        )
+    )
+    assert cli(*FUSE).code == 0
+    assert cli(*VERIFY).code == 0
+
+
+def test_an_activation_kept_on_the_model_is_no_obstacle():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval()
+    model.register_forward_hook(lambda module, _, output: setattr(module, "seen", output))
+    x = torch.randn(2, 3, 8, 8)
+    model(x)
+    assert fusecli.fuse(model, x, groups=["0", "1"]).status == "fused"
+
+
+def test_a_train_that_returns_nothing(cli, project):
+    project(net(extra="    def train(self, mode=True):\n        super().train(mode)\n"))
+    assert cli(*FUSE).code == 0
+
+
+def test_a_submodule_called_module_keeps_its_name(cli, project):
+    source = PAIR.replace("conv=nn", "module=nn.Sequential(OrderedDict(conv=nn").replace(
+        "BatchNorm2d(6)", "BatchNorm2d(6)))"
+    )
+    project(source, [["module.conv", "module.bn"]])
+    assert cli(*FUSE).code == 0
+    assert cli(*VERIFY).code == 0
+    assert set(load_file("out.safetensors")) == {"module.conv.weight", "module.conv.bias"}
+
+
+def test_loading_twice_into_one_model(cli, project):
+    project()
+    assert cli(*FUSE).code == 0
+    names: dict = {}
+    exec(PAIR, names)
+    original, fused = names["build"](), names["build"]()
+    original.load_state_dict(torch.load("model.pt", weights_only=True))
+    for _ in range(2):
+        fusecli.load_fused(fused, "out.safetensors")
+    assert fusecli.verify(original, fused, torch.randn(2, 3, 8, 8)).equivalent
