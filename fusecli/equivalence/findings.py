@@ -83,10 +83,7 @@ def verdict_of(found: Findings, seed: int) -> Verdict:
         drift=found.drift,
         noise_floor=found.noise,
         tolerance=found.tolerance,
-        # No tolerance would accept wrong tensors or too much drift.
-        smallest_tolerance=max(errors)
-        if max(errors) < math.inf and not (found.misstored or found.too_far)
-        else None,
+        smallest_tolerance=_accepting(found, errors),
         first_different=different[0].members if different else None,
         end_to_end=found.runs > 0,
         samples=found.runs,
@@ -95,6 +92,13 @@ def verdict_of(found: Findings, seed: int) -> Verdict:
         check_results=results,
         reasons=(*_differences(found, different), *_doubts(found, groups)),
     )
+
+
+def _accepting(found: Findings, errors: Sequence[float]) -> float | None:
+    """The smallest tolerance that would accept the float64 errors; None where they are not what is wrong."""
+    largest = max(errors)
+    elsewhere = bool(found.misstored) or found.too_far
+    return None if largest == math.inf or (elsewhere and largest <= found.tolerance) else largest
 
 
 def _worst(results: Mapping[str, Judgement]) -> Judgement:
