@@ -13,16 +13,18 @@ from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group, Vocabulary, fuse_tree, plan
 from fusecli.equivalence.alone import judge_alone
+from fusecli.equivalence.compare import TOLERANCE, compare
 from fusecli.equivalence.findings import Findings, verdict_of
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.judge import judge
 from fusecli.equivalence.noise import narrowest
-from fusecli.equivalence.run import Sample
+from fusecli.equivalence.run import Sample, run
 from fusecli.equivalence.subject import Subject
 from fusecli.errors import RefusedError
 from fusecli.graph.materialise import duplicate
 from fusecli.jobs.fold import Fold
-from fusecli.outcome import GroupReport, Verdict
+from fusecli.jobs.source import Source
+from fusecli.outcome import GroupReport, Judgement, Verdict
 from fusecli.rewrite import ModuleTree
 
 
@@ -56,7 +58,34 @@ def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Ve
         foreign=fold.foreign,
         partly_fused=partly_fused,
     )
-    return judge(subject, proof.samples, seed=proof.seed, tick=proof.tick)
+    verdict, checks = judge(subject, proof.samples, seed=proof.seed, tick=proof.tick)
+    stored = verdict.check_results["from disk"] is Judgement.EQUIVALENT
+    only_the_whole = stored and not any(check.judgement is Judgement.DIFFERENT for check in checks)
+    if verdict.judgement is Judgement.DIFFERENT and only_the_whole and _builds_disagree(source, proof):
+        verdict = _undetermined(verdict)
+    return verdict, checks
+
+
+def _builds_disagree(source: Source, proof: Proof) -> bool:
+    """Whether two fresh models with the same checkpoint compute different things: then what was built beside
+    the tensors decides, and no artifact can hold it."""
+    sample, seed = proof.samples[0], proof.seed
+    outputs = [run(source.original().double(), sample, seed=seed, dtype=torch.float64) for _ in range(2)]
+    return compare(*outputs).error > TOLERANCE
+
+
+def _undetermined(verdict: Verdict) -> Verdict:
+    reason = "two builds of the factory with this checkpoint disagree: its tensors do not determine the model"
+    return replace(
+        verdict,
+        judgement=Judgement.INCONCLUSIVE,
+        reasons=(reason,),
+        check_results={
+            **verdict.check_results,
+            "semantic": Judgement.INCONCLUSIVE,
+            "drift": Judgement.INCONCLUSIVE,
+        },
+    )
 
 
 def float64_fold(original: nn.Module, groups: Sequence[Group], vocabulary: Vocabulary) -> nn.Module:

@@ -119,3 +119,11 @@ def test_loading_twice_into_one_model(cli, project):
     for _ in range(2):
         fusecli.load_fused(fused, "out.safetensors")
     assert fusecli.verify(original, fused, torch.randn(2, 3, 8, 8)).equivalent
+
+
+def test_a_model_that_its_checkpoint_does_not_determine_is_inconclusive(cli, project):
+    project(net(setup="import torch; self.k = torch.rand(6, 1, 1)", result="self.bn(self.conv(x)) * self.k"))
+    ended = cli(*FUSE)
+    assert ended.code == 6, ended.out
+    assert "two builds of the factory" in " ".join(ended.out.split())
+    assert not Path("out.safetensors").exists()
