@@ -17,7 +17,6 @@ from fusecli.engine import CustomFuser, Decision, Group, Vocabulary, compute_all
 from fusecli.equivalence.foreign import judge_foreign
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.judge import judge
-from fusecli.equivalence.run import Sample
 from fusecli.equivalence.subject import Subject
 from fusecli.errors import ExitCode, Problem, RefusedError, UsageError
 from fusecli.graph.materialise import duplicate
@@ -28,6 +27,7 @@ from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.source import Source, vocabulary_of
 from fusecli.outcome import Judgement, LedgerEntry, Outcome, Verdict
 from fusecli.rewrite import Bias, ModuleTree, Rewrite, apply_rewrite
+from fusecli.sample import Sample
 from fusecli.spec import Spec, read_spec, spec_from_mapping
 from fusecli.spec.wildcards import bind_groups, bind_lists
 
@@ -177,16 +177,15 @@ def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0)
 def _judged(
     original: nn.Module, fused: nn.Module, fold: Fold, sample: Sample, seed: int
 ) -> tuple[Verdict, list[GroupCheck]]:
-    groups = [decision.group for decision in fold.decisions]
     plain = _copy(original)
 
     def partly_fused(count: int) -> nn.Module:
-        return float64_fold(plain, groups[:count], fold.source.vocabulary)
+        return float64_fold(plain, fold.decisions[:count])
 
     subject = Subject(
         original=plain,
         fused=_copy(fused),
-        exact=partly_fused(len(groups)),
+        exact=partly_fused(len(fold.decisions)),
         groups=tuple(decision.members for decision in fold.decisions),
         folded=fold.folded,
         foreign=fold.foreign,

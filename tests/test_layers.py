@@ -13,7 +13,7 @@ LAYERS = (
     {"errors", "plain"},
     {"outcome"},
     {"contents", "plain"},
-    {"spec", "algebra", "nn", "consent"},
+    {"spec", "algebra", "nn", "consent", "sample"},
     {"rewrite", "graph", "checkpoint"},
     {"rules", "equivalence", "report", "artifact"},
     {"engine"},

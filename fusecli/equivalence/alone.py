@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.probe import chain
-from fusecli.equivalence.run import Sample
 from fusecli.equivalence.stored import holds_fold
 from fusecli.graph.materialise import in_float64, probe_input, with_tensors
 from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, plant
+from fusecli.sample import Sample
 
 Modules = Mapping[str, nn.Module]
 

@@ -9,8 +9,9 @@ from fusecli.equivalence.compare import Incomparable, floating_error
 from fusecli.equivalence.findings import Findings
 from fusecli.equivalence.groups import observed
 from fusecli.equivalence.noise import drifts, noise_of_neighbours
-from fusecli.equivalence.run import Sample, run
+from fusecli.equivalence.run import run
 from fusecli.equivalence.subject import Subject
+from fusecli.sample import Sample
 
 
 def measure_drift(subject: Subject, sample: Sample, seed: int, reference: Any, found: Findings) -> None:

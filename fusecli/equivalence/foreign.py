@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
 from fusecli.equivalence.reading import Reading
-from fusecli.equivalence.run import Sample, run
+from fusecli.equivalence.run import run
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import duplicate
 from fusecli.outcome import Judgement, Verdict
+from fusecli.sample import Sample
 
 _DRAWS = 4
 _MARGIN = 10.0  # the largest of a few draws is not the largest there is

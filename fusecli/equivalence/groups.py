@@ -15,8 +15,9 @@ from torch import nn
 
 from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare, floating_error
 from fusecli.equivalence.noise import dtype_of, tolerance
-from fusecli.equivalence.run import Sample, cast, float64_arithmetic
+from fusecli.equivalence.run import float64_arithmetic
 from fusecli.outcome import Judgement
+from fusecli.sample import Sample, cast
 
 Observer = Callable[[int, Sample, Any], None]
 _PERTURBATION = 0.01

@@ -11,12 +11,12 @@ from fusecli.equivalence.drift import measure_drift
 from fusecli.equivalence.findings import Findings, verdict_of
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.noise import narrowest
-from fusecli.equivalence.run import Sample
 from fusecli.equivalence.stored import misstored
 from fusecli.equivalence.subject import Subject, with_exact_tensors
 from fusecli.equivalence.trial import NoTwin, Trial
 from fusecli.graph.materialise import duplicate
 from fusecli.outcome import Verdict
+from fusecli.sample import Sample
 
 
 def judge(

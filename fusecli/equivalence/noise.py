@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fusecli.equivalence.compare import TOLERANCE, floating_error
-from fusecli.equivalence.run import Sample, run
+from fusecli.equivalence.run import run
+from fusecli.sample import Sample
 
 MAX_DRIFT = 10.0  # times the original's own error
 # A network that amplifies rounding does so in float64 too. Measured where a bias of 1e4 to 1e6 cancels a

@@ -14,10 +14,11 @@ from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, com
 from fusecli.equivalence.culprit import culprit
 from fusecli.equivalence.findings import Findings
 from fusecli.equivalence.groups import observed
-from fusecli.equivalence.run import Sample, changed_buffers, run
+from fusecli.equivalence.run import changed_buffers, run
 from fusecli.equivalence.subject import Subject
 from fusecli.equivalence.trail import Trail, followed
 from fusecli.errors import Problem, UsageError
+from fusecli.sample import Sample
 
 _OTHER_SEED = 1_000_003
 _INNER_READER = (

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fusecli.equivalence.run import Sample
 from fusecli.errors import Problem, UsageError
 from fusecli.jobs.source import folder_of
+from fusecli.sample import Sample
 from fusecli.spec import InputSpec, Spec
 
 

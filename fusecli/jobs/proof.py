@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from fusecli.artifact import load_into
 from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent
-from fusecli.engine import Group, Vocabulary, fuse_tree, plan
+from fusecli.engine import Decision, fuse_tree
 from fusecli.equivalence.alone import judge_alone
 from fusecli.equivalence.compare import TOLERANCE, compare
 from fusecli.equivalence.findings import Findings, verdict_of
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.judge import judge
 from fusecli.equivalence.noise import narrowest
-from fusecli.equivalence.run import Sample, run
+from fusecli.equivalence.run import run
 from fusecli.equivalence.subject import Subject
 from fusecli.errors import RefusedError
 from fusecli.graph.materialise import duplicate
@@ -26,6 +26,7 @@ from fusecli.jobs.fold import Fold
 from fusecli.jobs.source import Source
 from fusecli.outcome import GroupReport, Judgement, Verdict
 from fusecli.rewrite import ModuleTree
+from fusecli.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,14 @@ def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Ve
     assert source.build is not None
     original = source.original()
     fused = load_into(source.build(), artifact, lambda: proof.consent)
-    groups = [decision.group for decision in fold.decisions]
 
     def partly_fused(count: int) -> nn.Module:
-        return float64_fold(original, groups[:count], source.vocabulary)
+        return float64_fold(original, fold.decisions[:count])
 
     subject = Subject(
         original=original,
         fused=fused,
-        exact=partly_fused(len(groups)),
+        exact=partly_fused(len(fold.decisions)),
         groups=tuple(decision.members for decision in fold.decisions),
         folded=fold.folded,
         foreign=fold.foreign,
@@ -88,16 +88,13 @@ def _undetermined(verdict: Verdict) -> Verdict:
     )
 
 
-def float64_fold(original: nn.Module, groups: Sequence[Group], vocabulary: Vocabulary) -> nn.Module:
-    """A float64 copy of `original` with `groups` fused, unrounded.
+def float64_fold(original: nn.Module, decisions: Sequence[Decision]) -> nn.Module:
+    """A float64 copy of `original` with the groups of `decisions` fused, unrounded.
 
     Raises RefusedError where float64 weights cannot be fused: the caller has fused them in a narrower dtype.
     """
     twin = duplicate(original).double()
-    tree = ModuleTree(twin)
-    planned = plan(tree, groups, vocabulary)
-    _, refused = fuse_tree(tree, planned.decisions)
-    refused = [*planned.refused, *refused]
+    _, refused = fuse_tree(ModuleTree(twin), decisions)
     if refused:
         raise RefusedError(*(f"{' + '.join(no.group)}: {no.reason}" for no in refused))
     return twin

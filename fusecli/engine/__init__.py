@@ -1,0 +1,25 @@
+"""Plan (groups x rules -> decisions with reasons), then compute, then apply.
+
+All groups are checked before the first is applied; if one fails, nothing has changed. What all rules share
+(members used under one name, weights not tied, unknown classes proven by a probe) lives here, once.
+"""
+
+from __future__ import annotations
+
+from fusecli.engine.decisions import CustomFuser, Decision, Group, Plan, Vocabulary, refusal
+from fusecli.engine.folding import compute, compute_all, fuse_tree, replaced
+from fusecli.engine.planning import plan
+
+__all__ = [
+    "CustomFuser",
+    "Decision",
+    "Group",
+    "Plan",
+    "Vocabulary",
+    "compute",
+    "compute_all",
+    "fuse_tree",
+    "plan",
+    "refusal",
+    "replaced",
+]

@@ -1,0 +1,79 @@
+"""What the engine exchanges: groups, what the user taught, decisions and the plan they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fusecli.errors import NotFoldable
+from fusecli.graph.kinds import kind_of
+from fusecli.outcome import Refusal
+from fusecli.rewrite import Rewrite
+
+Modules = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Names to fuse, where they were written, and what the spec says that no module or tensor can."""
+
+    modules: tuple[str, ...]
+    where: str = ""
+    hints: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CustomFuser:
+    """A user's function for one exact sequence of classes, called as (is_qat, *modules), as by torch.ao."""
+
+    sequence: tuple[type, ...]
+    name: str
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the user taught the tool: custom fusers, and classes to be treated as another one."""
+
+    fusers: tuple[CustomFuser, ...] = ()
+    treat: Mapping[type, type] = field(default_factory=dict)
+
+    def kind(self, module: nn.Module) -> str:
+        return kind_of(module, self.treat.get(type(module)))
+
+    def fuser(self, modules: Sequence[nn.Module]) -> CustomFuser | None:
+        """The user's fuser for exactly these classes; it goes before any rule."""
+        types = tuple(type(module) for module in modules)
+        return next((custom for custom in self.fusers if custom.sequence == types), None)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one group is fused: `members` take part in the rule, `kept` stay where they are.
+
+    `custom`: a user's fuser does it, and has to be given real tensors.
+    """
+
+    group: Group
+    rule: str
+    rewrite: Callable[[Modules], Rewrite] = field(compare=False, repr=False)
+    members: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    custom: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions in the order of the groups; `done` are the groups that are fused already."""
+
+    decisions: tuple[Decision, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    done: tuple[Group, ...] = ()
+
+
+def refusal(group: Group, no: NotFoldable, rule: str | None = None) -> Refusal:
+    evidence = (*no.evidence, group.where) if group.where else no.evidence
+    return Refusal(group.modules, no.code, no.reason, rule, evidence, no.remedy)
