@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from fusecli.reasons import REASONS
+
 
 class ExitCode(IntEnum):
     """The exit codes of every command; `fusecli --help` prints the same list."""
@@ -65,9 +67,14 @@ class RefusedError(FusecliError):
 
 
 class NotFoldable(Exception):
-    """The way a guard says no: the engine answers with a Refusal, and no user sees it raised."""
+    """The way a guard says no: the engine answers with a Refusal, and no user sees it raised.
+
+    `code` is one of fusecli.reasons; any other is a bug, and a ValueError.
+    """
 
     def __init__(self, code: str, reason: str, *, evidence: tuple[str, ...] = (), remedy: str = "") -> None:
+        if code not in REASONS:
+            raise ValueError(f"{code!r} is not in the closed list of reason codes, fusecli/reasons.py")
         super().__init__(f"{code}: {reason}")
         self.code = code
         self.reason = reason

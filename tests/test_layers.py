@@ -10,6 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fusecli"
 LAYERS = (
+    {"reasons"},
     {"errors", "plain"},
     {"outcome"},
     {"contents", "plain"},
@@ -85,7 +86,7 @@ def test_no_file_needs_what_torch_removes(path):
 
 def test_report_spec_and_cli_need_no_torch_to_be_imported():
     for path in FILES:
-        if part(path) in ("report", "spec", "cli", "outcome", "errors", "contents", "consent"):
+        if part(path) in ("report", "spec", "cli", "outcome", "reasons", "errors", "contents", "consent"):
             found = [name for name, _ in imports(ast.parse(path.read_text(encoding="utf-8")))]
             assert not [name for name in found if name.partition(".")[0] == "torch"], path
 

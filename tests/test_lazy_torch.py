@@ -46,6 +46,8 @@ def run(
         (["--version"], "fusecli "),
         (["rules"], "conv_transpose_bn"),
         (["rules", "conv_bn"], "Equation"),
+        (["explain"], "not-adjacent"),
+        (["explain", "overflow"], "Remedy"),
         (["schema"], '"groups"'),
     ],
     ids=" ".join,
@@ -57,8 +59,17 @@ def test_commands_that_only_talk(words, expected):
     assert "IMPORTED" not in ended.stderr
 
 
-@pytest.mark.parametrize("line", ["fusecli ", "fusecli fuse --", "fusecli rules "])
-def test_shell_completion(line):
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("fusecli ", {"fuse", "verify", "rules", "explain"}),
+        ("fusecli fuse --", {"--spec"}),
+        ("fusecli rules ", {"conv_bn", "linear_bn"}),
+        ("fusecli explain ", {"overflow", "not-adjacent"}),
+        ("fusecli explain ov", {"overflow"}),
+    ],
+)
+def test_shell_completion(line, offered):
     words = line.split(" ")
     ended = run(
         # The shell's script calls the program under this name, with the line in the environment.
@@ -69,8 +80,9 @@ def test_shell_completion(line):
     )
     assert "IMPORTED" not in ended.stderr
     assert ended.returncode == 0, ended.stderr
-    if line == "fusecli ":
-        assert {"fuse", "verify", "rules"} <= set(ended.stdout.split())
+    words = ended.stdout.split()
+    assert offered <= set(words)
+    assert all(word.startswith(line.split(" ")[-1]) for word in words)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +94,7 @@ def test_shell_completion(line):
         (["fuse", "model.pt"], 2, "--spec"),
         (["fuse", "model.pt", "--spec", "bad.yaml", "--report", "xml=x"], 2, "json=PATH or md=PATH"),
         (["rules", "conv_bm"], 2, "did you mean 'conv_bn'?"),
+        (["explain", "overflw"], 2, "did you mean 'overflow'?"),
         (["fuze"], 2, "fuse"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from fusecli.errors import Problem, UsageError
+from fusecli import rules as folder
+from fusecli.cli import reference
 
 
 def rules(
-    name: Annotated[Optional[str], typer.Argument(help="A rule, to read all about it.")] = None,  # noqa: UP045
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="A rule, to read all about it.", autocompletion=folder.names),
+    ] = None,
 ) -> None:
     """List the rules, or explain one: what it fuses, its equation, when it is exact and when it refuses."""
-    from rich.table import Table
-
-    from fusecli import rules as folder
-
     console = Console()
     if name is None:
-        table = Table("rule", "what it does", box=None, pad_edge=False, header_style="bold")
-        for rule in folder.names():
-            table.add_row(Text(rule, "cyan"), Text(folder.describe(rule).partition("\n")[0]))
-        console.print(table)
+        rows = ((rule, folder.describe(rule).partition("\n")[0]) for rule in folder.names())
+        reference.print_list(console, ("rule", "what it does"), rows)
         console.print(Text("\n'fusecli rules NAME' explains one."))
         return
-    if name not in folder.names():
-        near = get_close_matches(name, folder.names(), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "'fusecli rules' lists all"
-        raise UsageError(Problem(f"rule '{name}' is unknown", "", hint))
+    reference.require_known(name, folder.names(), kind="rule", command="fusecli rules")
     summary, _, sections = folder.describe(name).partition("\n\n")
-    console.print(Text(name, "bold cyan"))
-    console.print(Text(summary), end="\n\n")
-    page = Table.grid(padding=(0, 3, 0, 0))
-    for label, text in _sections(sections):
-        page.add_row(Text(label, "bold", no_wrap=True), Text(text))
-    console.print(page)
+    reference.print_page(console, name, summary, _sections(sections))
 
 
 def _sections(text: str) -> list[tuple[str, str]]:

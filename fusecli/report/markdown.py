@@ -8,7 +8,7 @@ from fusecli.outcome import GroupReport, Judgement, Outcome, Refusal
 from fusecli.report import facts
 from fusecli.report.figures import ABSENT, difference, scientific, size, times, whole
 from fusecli.report.markdown_text import code, prose, table
-from fusecli.report.wording import grounds, headline, next_step
+from fusecli.report.wording import MORE, grounds, headline, next_step
 
 _MARKS = {Judgement.EQUIVALENT: "✓ ", Judgement.DIFFERENT: "✗ ", Judgement.INCONCLUSIVE: "? ", None: ""}
 
@@ -83,7 +83,8 @@ def _remarks(outcome: Outcome) -> list[str]:
 
 
 def _refused(outcome: Outcome) -> list[str]:
-    return [line for refusal in outcome.refused for line in _refusal(refusal)]
+    lines = [line for refusal in outcome.refused for line in _refusal(refusal)]
+    return [*lines, MORE, ""] if lines else []
 
 
 def _refusal(refusal: Refusal) -> list[str]:

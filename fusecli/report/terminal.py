@@ -11,7 +11,7 @@ from fusecli.report.figures import counted, difference, size, whole
 from fusecli.report.group_table import print_groups
 from fusecli.report.marks import STYLES, mark
 from fusecli.report.page import Page, shortened
-from fusecli.report.wording import grounds, headline, next_step
+from fusecli.report.wording import MORE, grounds, headline, next_step
 
 _LABEL_STYLES = {
     "claimed": STYLES[Judgement.INCONCLUSIVE],
@@ -54,6 +54,8 @@ def _refused(page: Page, outcome: Outcome) -> None:
         page.title("Refused", counted(len(outcome.refused), "group"))
     for refusal in outcome.refused:
         _refusal(page, refusal)
+    if outcome.refused:
+        page.line((f"  {MORE}", "dim"))
 
 
 def _refusal(page: Page, refusal: Refusal) -> None:

@@ -36,6 +36,8 @@ _FAILURES = {
     ExitCode.REFUSED: "refused: a requested fusion is unsound or unsupported",
     ExitCode.BUG: "internal error: a bug in fusecli",
 }
+# Below the refusals, which name a code each.
+MORE = "'fusecli explain CODE' says more"
 _VERBS = {"fused": "folded", "verified": "verified", "planned": "planned"}
 _REMEDIES = {
     "different": "leave the group that differs out of the spec, or correct its pairing, and fuse again",

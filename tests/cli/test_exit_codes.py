@@ -66,6 +66,7 @@ def test_1_verify_against_another_checkpoint(cli, digits):
         (["verify", "model.pt", "model.pt"], "no fusecli manifest"),
         (["verify", "model.pt", "none"], "there is no such file"),
         (["rules", "conv_bm"], "did you mean 'conv_bn'?"),
+        (["explain", "bn_axis"], "did you mean 'bn-axis'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -15,7 +15,17 @@ FUSE = ("fuse", "model.pt", "--spec", "fuse.yaml", "--allow-code", "net.py")
 
 
 @pytest.mark.parametrize(
-    "words", [FUSE, ("rules",), ("rules", "conv_bn"), ("fuse", "--help"), ("--help",)], ids=" ".join
+    "words",
+    [
+        FUSE,
+        ("rules",),
+        ("rules", "conv_bn"),
+        ("explain",),
+        ("explain", "bn-axis"),
+        ("fuse", "--help"),
+        ("--help",),
+    ],
+    ids=" ".join,
 )
 def test_80_columns(cli, digits, words):
     ended = cli(*words)

@@ -83,6 +83,8 @@ def test_refusals_have_reason_evidence_and_remedy() -> None:
         assert f"`{refusal.code}` by" in text or f"`{refusal.code}`:" in text
         assert refusal.reason in _text_of(RENDERER.render(text))
     assert "leave this group out of the spec" in text
+    assert text.split("### Refused")[-1].split("###")[0].endswith("\n\n'fusecli explain CODE' says more\n\n")
+    assert "fusecli explain" not in as_markdown(FUSED)
 
 
 def test_every_rename_is_listed() -> None:

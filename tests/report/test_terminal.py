@@ -158,6 +158,15 @@ def test_refusals_are_blocks_of_what_why_and_remedy() -> None:
     assert "remedy   leave this group out of the spec" in text
 
 
+def test_the_last_line_of_the_refusals_says_where_to_read_on() -> None:
+    lines = _printed(REFUSED).splitlines()
+    (more,) = (number for number, line in enumerate(lines) if "fusecli explain" in line)
+    assert lines[more] == "  'fusecli explain CODE' says more"
+    assert lines[more - 1].lstrip().startswith("why      no-rule")
+    assert lines[more + 1] == ""
+    assert "fusecli explain" not in _printed(FUSED)
+
+
 def test_a_wrapped_command_can_be_pasted_into_a_shell() -> None:
     command = _printed(FUSED).split("  next ")[1]
     *continued, last = command.splitlines()
