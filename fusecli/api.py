@@ -13,25 +13,39 @@ from torch import nn
 from fusecli.artifact import load_fused
 from fusecli.checkpoint import Checkpoint, StoredTensor
 from fusecli.consent import Consent
-from fusecli.engine import CustomFuser, Decision, Group, Vocabulary, compute_all, plan, replaced
+from fusecli.engine import (
+    CustomFuser,
+    Decision,
+    Group,
+    Vocabulary,
+    compute_all,
+    replaced,
+    separate,
+    shared_roots,
+)
+from fusecli.engine import plan as planned_groups
 from fusecli.equivalence.foreign import judge_foreign
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.judge import judge
 from fusecli.equivalence.subject import Subject
 from fusecli.errors import ExitCode, Problem, RefusedError, UsageError
 from fusecli.graph.materialise import duplicate
+from fusecli.graph.record import Run
 from fusecli.jobs import facts
+from fusecli.jobs.choice import chosen, owned
 from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold, weight_range
-from fusecli.jobs.fuse import STATUS
+from fusecli.jobs.fuse import STATUS, recorded
+from fusecli.jobs.plan import listing
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.source import Source, vocabulary_of
-from fusecli.outcome import Judgement, LedgerEntry, Outcome, Verdict
+from fusecli.outcome import Judgement, LedgerEntry, Outcome, Proposal, Verdict
 from fusecli.rewrite import Bias, ModuleTree, Rewrite, apply_rewrite
 from fusecli.sample import Sample
 from fusecli.spec import Spec, read_spec, spec_from_mapping
+from fusecli.spec.model import Shared, Target
 from fusecli.spec.wildcards import bind_groups, bind_lists
 
-__all__ = ["fuse", "fuse_modules", "load_fused", "verify"]
+__all__ = ["fuse", "fuse_modules", "load_fused", "plan", "verify"]
 
 _log = logging.getLogger("fusecli")
 Groups = Sequence[str] | Sequence[Sequence[str]]
@@ -62,7 +76,7 @@ def fuse_modules(
         return _with_fuser_func(model, modules_to_fuse, inplace, fuser_func, additional)
     tree = ModuleTree(model)
     groups = [Group(g.modules, g.where) for g in bind_lists(modules_to_fuse, _names(tree))]
-    planned = plan(tree, groups, _vocabulary(additional))
+    planned = planned_groups(tree, groups, _vocabulary(additional))
     rewrites, refused = compute_all(tree, planned.decisions)
     refused = [*planned.refused, *refused]
     if refused:
@@ -81,22 +95,35 @@ def fuse(
     *,
     groups: Groups | None = None,
     spec: Spec | str | Path | Mapping[str, Any] | None = None,
+    discover: bool | None = None,
+    target: Target | None = None,
+    shared: Shared | None = None,
     allow_code: Iterable[str] = (),
 ) -> Outcome:
     """Fuses a copy of `model` and proves it on `inputs`; `outcome.model` is that copy, None if it is wrong.
 
-    inputs      a tensor, a tuple of positional arguments, or a dict of keyword arguments
-    groups      as for fuse_modules; None: those of the spec
-    spec        a Spec, a path or a dict: groups, extra mappings and the seed are taken from it
+    inputs    a tensor, a tuple of positional arguments, or a dict of keyword arguments
+    groups    as for fuse_modules; None: those of the spec
+    spec      a Spec, a path or a dict: groups, extra mappings, exclude and the seed are taken from it
+    discover  also fuse what the dataflow offers, for `target` "inference" or "quant"; None: as the spec says
+    shared    "clone": a module or weight with several names is given a copy for each one that can be folded
 
     The outcome holds the same facts as the JSON report of `fusecli fuse`. A group that cannot be fused is in
     `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
     """
-    read = _spec(spec, groups)
+    read = _spec(spec, groups, discover=discover, target=target, shared=shared)
     source = Source(_in_memory(model), lambda: duplicate(model))
     source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
+    sample = Sample.of(inputs)
+    asked = [
+        Group(g.modules, g.where) for g in bind_groups(read, _names(ModuleTree(model)), shared_last=True)
+    ]
+    if read.shared == "clone":
+        model = _apart(model, read, source, asked, sample)
     tree = ModuleTree(model)
-    bound = [Group(g.modules, g.where) for g in bind_groups(read, _names(tree))]
+    run = Run(model, sample, lambda: duplicate(model))
+    modules = dict(model.named_modules())
+    choice = chosen(read, tree, modules, asked, run, source.vocabulary)
     before = Outcome(
         "fuse",
         "refused",
@@ -104,34 +131,35 @@ def fuse(
         spec=facts.spec_facts(read),
         totals_before=facts.totals(facts.layout_of(source.checkpoint), model),
         environment=facts.environment(),
+        recording=recorded(run),
     )
-    modules = dict(model.named_modules())
-    try:
-        fold = plan_fold(source, model, bound)
-    except Refused as no:
-        return replace(
-            before, refused=no.refused, unfused=facts.unfused_norms(modules, (), no.refused, bound)
-        )
-    rewrites, refused = compute_all(tree, fold.decisions)
-    if refused:
-        return replace(
-            before, refused=tuple(refused), unfused=facts.unfused_norms(modules, (), refused, bound)
-        )
-    unfused = facts.unfused_norms(modules, fold.decisions)
+    while True:
+        try:
+            fold, rewrites = _folded(source, model, choice.groups, run)
+            break
+        except Refused as no:
+            if not choice.may_drop(no.refused):
+                return replace(
+                    before,
+                    refused=no.refused,
+                    unfused=choice.unfused((), no.refused),
+                    ledger=tuple(facts.statistics_ledger(source.checkpoint, choice.names)),
+                )
+            choice.drop(no.refused)
     if not fold.decisions:
         why = "every group is fused already" if fold.done else "no groups were given"
         return replace(
             before,
             status="nothing to fuse",
             exit_code=ExitCode.NOTHING,
-            unfused=unfused,
-            problems=(why,),
+            unfused=choice.unfused(),
+            problems=("the dataflow offers nothing to fold" if read.discover else why,),
             model=_copy(model),
         )
     for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
         fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
     fused, lost = _applied(model, fold.decisions, rewrites, inplace=False)
-    verdict, checks = _judged(model, fused, fold, Sample.of(inputs), read.verify.seed)
+    verdict, checks = _judged(model, fused, fold, sample, read.verify.seed)
     reports = reported(group_reports(fold, fused), checks)
     verdict = replace(verdict, groups=reports)
     status, code = STATUS[verdict.judgement]
@@ -140,17 +168,70 @@ def fuse(
         status=status,
         exit_code=code,
         groups=reports,
-        unfused=unfused,
+        refused=tuple(no for decision in fold.decisions for no in decision.spared),
+        unfused=choice.unfused(fold.decisions),
         verification=verdict,
         ledger=(
             *_train_mode(model),
-            *facts.statistics_ledger(source.checkpoint, fold.decisions),
+            *facts.statistics_ledger(source.checkpoint, fold.members),
             *_new_biases(tree, rewrites),
             *lost,
         ),
         totals_after=facts.totals(facts.layout_of(_in_memory(fused)), fused),
         model=fused if verdict.judgement is not Judgement.DIFFERENT else None,
     )
+
+
+def _apart(model: nn.Module, spec: Spec, source: Source, asked: Sequence[Group], sample: Sample) -> nn.Module:
+    """The model, or a copy in which what can be folded once it is no longer shared has a copy of its own."""
+
+    def separated() -> nn.Module:
+        apart = duplicate(model)
+        separate(ModuleTree(apart), source.owns)
+        return apart
+
+    source.owns = shared_roots(ModuleTree(model), source.vocabulary)
+    if source.owns:
+        run = Run(separated(), sample, separated)
+        source.owns = owned(spec, run, source.owns, asked, source.vocabulary)
+    return separated() if source.owns else model
+
+
+def _folded(source: Source, model: nn.Module, groups: list[Group], run: Run) -> tuple[Fold, list[Rewrite]]:
+    """The plan and its rewrites; raises Refused with all the groups that cannot be fused."""
+    fold = plan_fold(source, model, groups, run)
+    rewrites, refused = compute_all(ModuleTree(model), fold.decisions)
+    if refused:
+        raise Refused(refused)
+    return fold, rewrites
+
+
+def plan(
+    model: nn.Module, inputs: Any, *, target: Target = "inference", exclude: Iterable[str] = ()
+) -> Proposal:
+    """What can be fused in `model`, as a run on `inputs` (as for `fuse`) shows it; it is not changed.
+
+    target   "inference": norms are folded; "quant": a ReLU goes into a container too
+    exclude  patterns of names that are left alone
+
+    Raises UsageError where the model does not run on the inputs.
+    """
+    read = spec_from_mapping(
+        {"discover": True, "target": target, "exclude": list(exclude)}, where="fusecli.plan"
+    )
+    tree = ModuleTree(model)
+    run = Run(model, Sample.of(inputs), lambda: duplicate(model))
+    choice = chosen(read, tree, dict(model.named_modules()), (), run, Vocabulary())
+    source = Source(_in_memory(model), lambda: duplicate(model))
+    while True:
+        try:
+            fold, _ = _folded(source, model, choice.groups, run)
+            break
+        except Refused as no:
+            choice.drop(no.refused)
+    groups, unfused = choice.groups, choice.unfused(fold.decisions)
+    text = listing(groups, unfused, _names(tree))
+    return Proposal(tuple(group.modules for group in groups), unfused, text, recorded(run))
 
 
 def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0) -> Verdict:
@@ -166,10 +247,13 @@ def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0)
         return judge_foreign(_copy(original), _copy(fused), sample, seed)
     source = Source(_in_memory(original), lambda: duplicate(original))
     try:
-        fold = plan_fold(source, original, [Group(tuple(modules)) for modules in names])
+        run = Run(original, sample, lambda: duplicate(original))
+        fold = plan_fold(source, original, [Group(tuple(modules)) for modules in names], run)
         verdict, checks = _judged(original, fused, fold, sample, seed)
     except (Refused, RefusedError, KeyError) as no:
-        reason = f"the fused model's groups do not belong to the original: {no}"
+        refused = no.refused if isinstance(no, Refused) else ()
+        said = "; ".join(f"{' + '.join(one.group)}: {one.code}: {one.reason}" for one in refused)
+        reason = f"the fused model's groups do not belong to the original: {said or no}"
         return Verdict(Judgement.DIFFERENT, seed=seed, reasons=(reason,))
     return replace(verdict, groups=reported(group_reports(fold, fused), checks))
 
@@ -187,6 +271,7 @@ def _judged(
         fused=_copy(fused),
         exact=partly_fused(len(fold.decisions)),
         groups=tuple(decision.members for decision in fold.decisions),
+        passes=tuple(decision.passes for decision in fold.decisions),
         folded=fold.folded,
         foreign=fold.foreign,
         partly_fused=partly_fused,
@@ -242,18 +327,16 @@ def _vocabulary(additional: Mapping[Any, Any]) -> Vocabulary:
     return Vocabulary(tuple(fusers))
 
 
-def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | None) -> Spec:
+def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | None, **given: Any) -> Spec:
     if isinstance(spec, str | Path):
         spec = read_spec(spec)
     elif isinstance(spec, Mapping):
         spec = spec_from_mapping(spec)
-    if groups is None:
-        return spec or Spec()
-    listed = spec_from_mapping({"groups": groups}, where="").groups
-    return (
-        spec.model_copy(update={"groups": listed})
-        if spec
-        else spec_from_mapping({"groups": groups}, where="")
+    if groups is not None:
+        listed = spec_from_mapping({"groups": groups}, where="")
+        spec = spec.model_copy(update={"groups": listed.groups}) if spec else listed
+    return (spec or Spec()).model_copy(
+        update={name: value for name, value in given.items() if value is not None}
     )
 
 

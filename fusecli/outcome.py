@@ -53,12 +53,21 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Unfused:
-    """A norm layer that is left in the model, and why (code as for refusals)."""
+    """A norm layer that is left in the model, and why (code, evidence and remedy as for refusals).
+
+    kind        the class, or "function NAME" where no module computes it
+    """
 
     module: str
     kind: str
     code: str
     reason: str
+    evidence: tuple[str, ...] = ()
+    remedy: str = ""
+
+    @property
+    def functional(self) -> bool:
+        return self.kind.startswith("function ")
 
 
 @dataclass(frozen=True)
@@ -163,8 +172,9 @@ class FileFacts:
 class Outcome:
     """Everything that one `fuse` or `verify` found: the same facts as the JSON report.
 
-    status     "fused" | "verified" | "planned" | "different" | "inconclusive" | "refused" |
+    status     "fused" | "partly fused" | "verified" | "planned" | "different" | "inconclusive" | "refused" |
                "nothing to fuse" | "error"
+    recording  how the run was recorded that the groups were audited against; "" without one
     model      the fused copy (Python API only; never rendered)
     next_step  the exact command that verifies again, or what to do about a failure
     """
@@ -185,4 +195,21 @@ class Outcome:
     environment: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     next_step: str = ""
+    recording: str = ""
     model: Any = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a run of a model offers to fuse.
+
+    groups     lists of module names, in the order of the run: what `fuse` takes
+    unfused    every norm that is left, and why
+    text       both as the lines of a spec
+    recording  how the run was recorded
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    unfused: tuple[Unfused, ...]
+    text: str
+    recording: str

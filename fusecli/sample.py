@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,27 +35,44 @@ class Sample:
         """Fresh tensors, the floating ones in `dtype`: a forward may write to its input."""
         return Sample(cast(self.args, dtype), cast(dict(self.kwargs), dtype))
 
+    def mapped(self, leaf: Callable[[Tensor], Tensor]) -> Sample:
+        """The same arguments with `leaf(tensor)` for each tensor."""
+        return Sample(mapped(self.args, leaf), mapped(dict(self.kwargs), leaf))
 
-def cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """A copy of nested tuples, lists, dicts and dataclasses, floating tensors in `dtype` (None: kept)."""
+
+def mapped(value: Any, leaf: Callable[[Tensor], Any]) -> Any:
+    """Nested tuples, lists, dicts and dataclasses made anew, with `leaf(tensor)` for each tensor in them."""
     if isinstance(value, Tensor):
-        return (
-            value.detach().clone().to(dtype)
-            if dtype and value.is_floating_point()
-            else value.detach().clone()
-        )
+        return leaf(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(cast(item, dtype) for item in value))
+        return type(value)(*(mapped(item, leaf) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(cast(item, dtype) for item in value)
+        return type(value)(mapped(item, leaf) for item in value)
     if isinstance(value, dict):
-        return {key: cast(item, dtype) for key, item in value.items()}
+        return {key: mapped(item, leaf) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fresh = copy.copy(value)
         for name in (entry.name for entry in dataclasses.fields(value)):
-            object.__setattr__(fresh, name, cast(getattr(value, name), dtype))
+            object.__setattr__(fresh, name, mapped(getattr(value, name), leaf))
         return fresh
     return value
+
+
+def cast(value: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of `value` and its tensors, the floating ones in `dtype` (None: kept)."""
+
+    def fresh(tensor: Tensor) -> Tensor:
+        clone = tensor.detach().clone()
+        return clone.to(dtype) if dtype and tensor.is_floating_point() else clone
+
+    return mapped(value, fresh)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor inside `value`, in order."""
+    found: list[Tensor] = []
+    mapped(value, found.append)
+    return found
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class BrokenConv2d(nn.Conv2d):
     """Takes a second argument, so that nobody can run it in a row."""
 
     def forward(self, x: Tensor, scale: float) -> Tensor:  # type: ignore[override]
-        return super().forward(x) * scale
+        return super().forward(x * scale)
 
 
 class ForeignConv(nn.Module):

@@ -41,7 +41,7 @@ def test_every_command_is_known_to_these_tests():
     others = set(COMMANDS) - set(OURS)
     assert others - SCRIPTS == {"pip install ."}
     assert others >= SCRIPTS
-    assert {line.split()[1] for line in OURS} >= {"fuse", "verify"}
+    assert {line.split()[1] for line in OURS} >= {"fuse", "verify", "plan"}
 
 
 @pytest.fixture
@@ -76,7 +76,9 @@ def test_the_python_api_as_it_stands(anywhere, capsys):
     exec((anywhere / "net.py").read_text(), net)
     names = {"model": randomise(net["build"](), seed=0), "inputs": torch.randn(2, 1, 8, 8)}
     exec(source, names)
-    assert capsys.readouterr().out.splitlines() == ["fused equivalent", "equivalent"]
+    out = capsys.readouterr().out
+    assert out.startswith("groups:\n  - [stem.conv, stem.bn]\n")
+    assert out.splitlines()[-2:] == ["fused equivalent", "equivalent"]
     assert type(names["fused"].stem.conv).__name__ == "ConvReLU2d"
 
 

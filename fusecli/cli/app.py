@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fusecli.cli import explain, fuse, inspect, rules, schema, verify
+from fusecli.cli import explain, fuse, inspect, plan, rules, schema, verify
 from fusecli.cli.screen import print_bug, print_problems
 from fusecli.errors import ExitCode, FusecliError
 
@@ -29,8 +29,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (fuse.fuse, verify.verify, inspect.inspect, rules.rules, explain.explain, schema.schema):
-    app.command(epilog=EXIT_CODES if command in (fuse.fuse, verify.verify) else None)(command)
+for command in (
+    fuse.fuse,
+    verify.verify,
+    plan.plan,
+    inspect.inspect,
+    rules.rules,
+    explain.explain,
+    schema.schema,
+):
+    app.command(epilog=EXIT_CODES if command in (fuse.fuse, verify.verify, plan.plan) else None)(command)
 
 
 def _version(wanted: bool) -> None:

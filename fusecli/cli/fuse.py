@@ -11,14 +11,25 @@ import typer
 from fusecli.cli import options
 from fusecli.cli.reports import Failed, Reports, finish
 from fusecli.cli.screen import dialogue
+from fusecli.errors import Problem, UsageError
 from fusecli.outcome import Outcome
 
 
 def fuse(
     checkpoint: options.Checkpoint,
     spec: Annotated[
-        Path, typer.Option("--spec", "-s", help="The YAML spec: which modules to fuse, and how to run it.")
-    ],
+        Optional[Path],  # noqa: UP045
+        typer.Option("--spec", "-s", help="The YAML spec: which modules to fuse, and how to run it."),
+    ] = None,
+    discover: Annotated[
+        bool,
+        typer.Option(
+            "--discover", help="Fuse what a run of the model shows to be sound, besides the spec's groups."
+        ),
+    ] = False,
+    model: options.Model = None,
+    inputs: options.Inputs = None,
+    target: options.Target = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -35,6 +46,23 @@ def fuse(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything, exit the same way, but leave no file.")
     ] = False,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="Leave out groups that fail verification, write the rest, exit 1."),
+    ] = False,
+    require_all: Annotated[
+        bool, typer.Option("--require-all", help="Fail (exit 4) if a norm is left that could be folded.")
+    ] = False,
+    min_folded: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--min-folded",
+            metavar="PERCENT",
+            min=0,
+            max=100,
+            help="Fail (exit 4) if less of the norms with running statistics is folded.",
+        ),
+    ] = None,
     allow_code: options.AllowCode = None,
     allow_pickle: options.AllowPickle = False,
     seed: options.Seed = None,
@@ -46,14 +74,19 @@ def fuse(
 ) -> None:
     """Fuse a checkpoint, prove that it computes the same, and write it.
 
-    Nothing is written unless the proof succeeds: fusecli fuse model.pt --spec fuse.yaml
+    Nothing is written unless the proof succeeds: fusecli fuse model.pt --spec fuse.yaml, or without a spec:
+    fusecli fuse model.pt --discover --model net.py:Net --input 1x3x224x224
     """
     reports = Reports.parse(report or [], quiet, [checkpoint, spec, output])
 
     def work() -> Outcome:
-        from fusecli.spec import read_spec
+        from fusecli.spec.typed import spec_from_options
 
-        parsed = read_spec(spec)  # before torch is imported: a slip in the spec is told at once
+        if spec is None and not discover:
+            fix = "give --spec fuse.yaml, or --discover with --model and --input"
+            raise UsageError(Problem("nothing says what to fuse", "fusecli fuse", fix))
+        # Before torch is imported: a slip in the spec is told at once.
+        parsed = spec_from_options(spec, model=model, inputs=inputs or (), discover=discover, target=target)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent
@@ -62,9 +95,23 @@ def fuse(
             reports.spare(protected(parsed))
 
             request = FuseRequest(
-                checkpoint, parsed, output, fmt, force, dry_run, strict, allow_pickle, seed, samples
+                checkpoint,
+                parsed,
+                output,
+                format=fmt,
+                force=force,
+                dry_run=dry_run,
+                strict=strict,
+                allow_pickle=allow_pickle,
+                seed=seed,
+                samples=samples,
+                keep_going=keep_going,
+                require_all=require_all,
+                min_folded=min_folded,
+                typed=tuple(options.typed_words(model, inputs)),
             )
             with dialogue(quiet) as person:
-                return fuse_file(request, Consent.gather(allow_code or [], person.asker), person.tick)
+                consent = Consent.gather(options.trusted(allow_code, model), person.asker)
+                return fuse_file(request, consent, person.tick)
 
     finish(Failed("fuse", checkpoint, spec), reports, work)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
-_CODE, _PROOF, _REPORT = "Trust", "Verification", "Report"
+_RUN, _CODE, _PROOF, _REPORT = "Model", "Trust", "Verification", "Report"
 
 Checkpoint = Annotated[Path, typer.Argument(help="The checkpoint to read; it is never changed.")]
 AllowCode = Annotated[
@@ -25,6 +25,32 @@ AllowPickle = Annotated[
         "--allow-pickle",
         help="Load pickles that run code while they load, such as whole modules. Only for files you trust.",
         rich_help_panel=_CODE,
+    ),
+]
+Model = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--model",
+        metavar="PKG:FACTORY|FILE.py:NET(...)",
+        help="The code that builds the model, with its keyword arguments. To type it is to trust it.",
+        rich_help_panel=_RUN,
+    ),
+]
+Inputs = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--input",
+        metavar="SHAPE|FILE:KEY",
+        help="An argument of forward: 1x3x224x224, 2x16:int64:0..1000, mask=2x16:bool, or a tensor of a "
+        "safetensors file, x.safetensors:images. Repeatable.",
+        rich_help_panel=_RUN,
+    ),
+]
+Target = Annotated[
+    Optional[Literal["inference", "quant"]],  # noqa: UP045
+    typer.Option(
+        help="What is discovered: inference folds norms; quant puts a ReLU into a container too.",
+        rich_help_panel=_RUN,
     ),
 ]
 Seed = Annotated[
@@ -58,3 +84,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.",
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show Python tracebacks with errors.", rich_help_panel=_REPORT)
 ]
+
+
+def trusted(allow_code: list[str] | None, model: str | None) -> list[str]:
+    """Whose code may run: what was allowed, and what --model names."""
+    source = model.partition("(")[0].rpartition(":")[0] if model else ""
+    typed = [source if source.endswith(".py") else source.partition(".")[0]] if source else []
+    return [*(allow_code or []), *typed]
+
+
+def typed_words(model: str | None, inputs: list[str] | None) -> list[str]:
+    """The options that name the model again, for the next command."""
+    words = ["--model", model] if model else []
+    return words + [word for text in inputs or () for word in ("--input", text)]

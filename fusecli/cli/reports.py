@@ -24,11 +24,12 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Reports:
-    """The reports that were asked for, as (format, path)."""
+    """The reports that were asked for, as (format, path); `product` is what else the command prints."""
 
     wanted: tuple[tuple[str, str], ...]
     quiet: bool
     spared: list[Path] = field(default_factory=list)
+    product: list[str] = field(default_factory=list)
 
     @classmethod
     def parse(cls, words: Sequence[str], quiet: bool, files: Sequence[Path | None]) -> Reports:
@@ -58,14 +59,20 @@ class Reports:
             if path != _STDOUT:
                 _check(Path(path), files)
 
+    @property
+    def takes_stdout(self) -> bool:
+        return any(path == _STDOUT for _, path in self.wanted)
+
     def deliver(self, outcome: Outcome) -> None:
         """Prints and writes the outcome in every rendering."""
         self.write(outcome)
+        with reader_may_leave():
+            sys.stdout.writelines(self.product)
         if self.quiet:
             print_reasons(outcome, Console(stderr=True))
             return
         # stdout carries the one report that was asked for; the terminal's own then goes to stderr.
-        taken = any(path == _STDOUT for _, path in self.wanted)
+        taken = self.takes_stdout or bool(self.product)
         from fusecli.report import print_terminal
 
         with reader_may_leave():
@@ -159,6 +166,11 @@ def _is_same(path: Path, file: Path) -> bool:
 def _write(path: Path, text: str, outcome: Outcome) -> None:
     if outcome.output is not None and path.resolve() == Path(outcome.output.path).resolve():
         raise UsageError(Problem("a report cannot replace the artifact", str(path), "choose another path"))
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the file whole or not at all; raises UsageError where it cannot be written."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -169,4 +181,4 @@ def _write(path: Path, text: str, outcome: Outcome) -> None:
 
 
 def _unwritable(path: Path, reason: str) -> UsageError:
-    return UsageError(Problem(f"the report cannot be written ({reason})", str(path), "choose another path"))
+    return UsageError(Problem(f"it cannot be written ({reason})", str(path), "choose another path"))

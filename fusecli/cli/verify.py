@@ -21,6 +21,8 @@ def verify(
         Optional[Path],  # noqa: UP045
         typer.Option("--spec", "-s", help="The spec, where the model is to be built and run."),
     ] = None,
+    model: options.Model = None,
+    inputs: options.Inputs = None,
     allow_code: options.AllowCode = None,
     allow_pickle: options.AllowPickle = False,
     seed: options.Seed = None,
@@ -32,14 +34,16 @@ def verify(
 ) -> None:
     """Prove again, from the files, that an artifact computes what the checkpoint does.
 
-    With the spec the model is run, end to end. Without it each group is judged by itself, by its tensors.
+    With the spec, or --model and --input, the model is run, end to end. Without, each group is judged by
+    itself, by its tensors.
     """
     reports = Reports.parse(report or [], quiet, [checkpoint, fused, spec])
 
     def work() -> Outcome:
-        from fusecli.spec import read_spec
+        from fusecli.spec.typed import spec_from_options
 
-        parsed = read_spec(spec) if spec else None
+        known = spec is not None or model is not None
+        parsed = spec_from_options(spec, model=model, inputs=inputs or ()) if known else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent
@@ -50,6 +54,7 @@ def verify(
 
             request = VerifyRequest(checkpoint, fused, parsed, strict, allow_pickle, seed, samples)
             with dialogue(quiet) as person:
-                return verify_file(request, Consent.gather(allow_code or [], person.asker), person.tick)
+                consent = Consent.gather(options.trusted(allow_code, model), person.asker)
+                return verify_file(request, consent, person.tick)
 
     finish(Failed("verify", checkpoint, spec), reports, work)

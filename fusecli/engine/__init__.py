@@ -7,19 +7,27 @@ All groups are checked before the first is applied; if one fails, nothing has ch
 from __future__ import annotations
 
 from fusecli.engine.decisions import CustomFuser, Decision, Group, Plan, Vocabulary, refusal
+from fusecli.engine.discovery import Offer, discover
 from fusecli.engine.folding import compute, compute_all, fuse_tree, replaced
 from fusecli.engine.planning import plan
+from fusecli.engine.sharing import needed, owning, separate, shared_roots
 
 __all__ = [
     "CustomFuser",
     "Decision",
     "Group",
+    "Offer",
     "Plan",
     "Vocabulary",
     "compute",
     "compute_all",
+    "discover",
     "fuse_tree",
+    "needed",
+    "owning",
     "plan",
     "refusal",
     "replaced",
+    "separate",
+    "shared_roots",
 ]

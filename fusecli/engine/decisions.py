@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from fusecli.equivalence.groups import Pass
 from fusecli.errors import NotFoldable
 from fusecli.graph.kinds import kind_of
-from fusecli.outcome import Refusal
+from fusecli.outcome import Evidence, Refusal
 from fusecli.rewrite import Rewrite
 
 Modules = Mapping[str, nn.Module]
@@ -54,7 +55,10 @@ class Vocabulary:
 class Decision:
     """How one group is fused: `members` take part in the rule, `kept` stay where they are.
 
-    `custom`: a user's fuser does it, and has to be given real tensors.
+    custom    a user's fuser does it, and has to be given real tensors
+    evidence  whether a recorded run has shown the group, or the list was believed
+    passes    the calls of the members that belong together; empty where nothing was recorded
+    spared    members that were asked for and stay, with the reason
     """
 
     group: Group
@@ -63,11 +67,15 @@ class Decision:
     members: tuple[str, ...]
     kept: tuple[str, ...] = ()
     custom: bool = False
+    evidence: Evidence = Evidence.CLAIMED
+    passes: tuple[Pass, ...] = ()
+    spared: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions in the order of the groups; `done` are the groups that are fused already."""
+    """Decisions, in the order of the run where one was recorded; `done` are the groups that are fused
+    already."""
 
     decisions: tuple[Decision, ...] = ()
     refused: tuple[Refusal, ...] = ()

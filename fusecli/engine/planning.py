@@ -2,83 +2,178 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 from torch import nn
 
-from fusecli.engine.decisions import Decision, Group, Plan, Vocabulary, refusal
+from fusecli.engine.audit import Audit, Found, Member
+from fusecli.engine.decisions import Decision, Group, Modules, Plan, Vocabulary, refusal
 from fusecli.engine.fusers import opaque
 from fusecli.engine.uses import Uses
 from fusecli.errors import NotFoldable, Problem, UsageError, require
-from fusecli.graph.kinds import FOLDABLE, is_norm, without_statistics
-from fusecli.outcome import Refusal
-from fusecli.rewrite import ModuleTree
+from fusecli.graph.kinds import FOLDABLE, NORM_KINDS, is_norm, without_statistics
+from fusecli.graph.record import Run
+from fusecli.outcome import Evidence, Refusal
+from fusecli.rewrite import ModuleTree, Rewrite
 from fusecli.rules import Rule, all_rules
-from fusecli.rules._member import Member
+from fusecli.rules._member import Member as Operand
 
 
-def plan(tree: ModuleTree, groups: Iterable[Group], vocabulary: Vocabulary | None = None) -> Plan:
+def plan(
+    tree: ModuleTree, groups: Iterable[Group], vocabulary: Vocabulary | None = None, run: Run | None = None
+) -> Plan:
     """Chooses a rule for each group, without arithmetic: works on meta tensors.
 
-    Raises UsageError where a list is in the wrong order: that is a slip in the spec, not an unsound fold.
+    With a `run`, each group is audited against what it shows. Raises UsageError where a list is in the wrong
+    order: that is a slip in the spec, not an unsound fold.
     """
     vocabulary = vocabulary or Vocabulary()
-    uses = Uses(tree)
-    earlier = set(tree.fused_groups)
-    decisions: list[Decision] = []
-    refused: list[Refusal] = []
-    done: list[Group] = []
-    slips: list[Problem] = []
-    for group in groups:
-        modules = [tree[path] for path in group.modules]
-        kinds = [vocabulary.kind(module) for module in modules]
-        if _is_fused(modules) or (group.modules in earlier and not any(map(is_norm, modules))):
-            done.append(group)
-        elif not vocabulary.fuser(modules) and (slip := _wrong_order(group, kinds)):
-            slips.append(slip)
-        else:
-            try:
-                decisions.append(_decide(group, modules, vocabulary, uses))
-            except NotFoldable as no:
-                refused.append(refusal(group, no))
-    if slips:
-        raise UsageError(*slips)
-    return Plan(tuple(decisions), tuple(refused), tuple(done))
+    planner = _Planner(tree, vocabulary, Uses(tree), Audit(run, tree, vocabulary) if run else None)
+    return planner.plan(list(groups))
 
 
-def _decide(group: Group, modules: list[nn.Module], vocabulary: Vocabulary, uses: Uses) -> Decision:
-    for path, module in zip(group.modules, modules, strict=True):
-        if vocabulary.kind(module) in FOLDABLE:
-            uses.require_single(path, module)
-    if custom := vocabulary.fuser(modules):
-        return Decision(group, custom.name, opaque(custom, group.modules), group.modules, custom=True)
-    members = [
-        (path, module, vocabulary.kind(module)) for path, module in zip(group.modules, modules, strict=True)
-    ]
-    # An identity or a dropout between two members does nothing at inference; it stays where it is.
-    acting = [member for member in members if member[2] != "nothing"]
-    kinds = tuple(kind for _, _, kind in acting)
-    rule = _rule_for(kinds)
+@dataclass
+class _Planner:
+    tree: ModuleTree
+    vocabulary: Vocabulary
+    uses: Uses
+    audit: Audit | None
+
+    def plan(self, groups: Sequence[Group]) -> Plan:
+        earlier = set(self.tree.fused_groups)
+        decided: list[tuple[Decision, Found | None]] = []
+        refused: list[Refusal] = []
+        done: list[Group] = []
+        slips: list[Problem] = []
+        for group in groups:
+            modules = [self.tree[path] for path in group.modules]
+            kinds = [self.vocabulary.kind(module) for module in modules]
+            if _is_fused(modules) or (group.modules in earlier and not any(map(is_norm, modules))):
+                done.append(group)
+            elif not self.vocabulary.fuser(modules) and (slip := _wrong_order(group, kinds)):
+                slips.append(slip)
+            else:
+                try:
+                    decided.append(self._decide(group, modules))
+                except NotFoldable as no:
+                    refused.append(refusal(group, no))
+        if slips:
+            raise UsageError(*slips)
+        decisions, uncovered = self._covered(decided)
+        return Plan(tuple(decisions), (*refused, *uncovered), tuple(done))
+
+    def _decide(self, group: Group, modules: Sequence[nn.Module]) -> tuple[Decision, Found | None]:
+        members = [
+            Member(path, module, self.vocabulary.kind(module))
+            for path, module in zip(group.modules, modules, strict=True)
+        ]
+        for member in members:
+            if member.kind in FOLDABLE:
+                self.uses.require_single(member.path, member.module)
+        if custom := self.vocabulary.fuser(modules):
+            found = self._observed(group, members, custom=True)
+            decision = Decision(group, custom.name, opaque(custom, group.modules), group.modules, custom=True)
+            return self._with(decision, found), found
+        # An identity or a dropout between two members does nothing at inference; it stays where it is.
+        acting = [member for member in members if member.kind != "nothing"]
+        rule, taken = _chosen(acting)
+        spared: tuple[Refusal, ...] = ()
+        try:
+            found = self._observed(group, taken)
+        except NotFoldable as no:
+            # The norm folds all the same where only the activation behind it has to stay.
+            shorter = _rule_for(tuple(member.kind for member in taken[:-1]))
+            if no.code != "multiple-consumers" or taken[-1].kind != "relu" or shorter is None:
+                raise
+            spared = (refusal(Group((taken[-1].path,), group.where), no, rule.name),)
+            rule, taken = shorter, taken[:-1]
+            found = self._observed(group, taken)
+        self._follow(acting[len(taken) - 1 :], found)
+        names = tuple(member.path for member in taken)
+        kept = tuple(path for path in group.modules if path not in names)
+        decision = Decision(group, rule.name, _by_rule(rule, taken), names, kept, spared=spared)
+        return self._with(decision, found), found
+
+    def _observed(self, group: Group, members: Sequence[Member], *, custom: bool = False) -> Found | None:
+        """What the run shows of the group; None without one, or where it called none of the modules."""
+        if self.audit is None or not self.audit.ran(group):
+            return None
+        return self.audit.group(members, custom=custom)
+
+    def _follow(self, members: Sequence[Member], found: Found | None) -> None:
+        """The members behind the last that is fused: each has to read what the one before it gives."""
+        if self.audit is not None and found is not None:
+            for before, kept in pairwise(members):
+                self.audit.follows(before, kept)
+
+    def _with(self, decision: Decision, found: Found | None) -> Decision:
+        if found is None:
+            return decision
+        return replace(decision, evidence=Evidence.OBSERVED, passes=found.passes)
+
+    def _covered(
+        self, decided: Sequence[tuple[Decision, Found | None]]
+    ) -> tuple[list[Decision], list[Refusal]]:
+        """The decisions whose modules are called in their groups only; in the order of the run."""
+        shares = Counter(path for decision, _ in decided for path in decision.members)
+        reached: dict[str, frozenset[int]] = {}
+        for _, found in decided:
+            for path, turns in found.reached.items() if found else ():
+                reached[path] = reached.get(path, frozenset()) | turns
+        decisions: list[Decision] = []
+        refused: list[Refusal] = []
+        for decision, found in decided:
+            no = self._shared(decision, shares) or (self._missed(found, reached) if found else None)
+            if no is None:
+                decisions.append(decision)
+            else:
+                refused.append(refusal(decision.group, no, decision.rule))
+        if self.audit is not None:
+            decisions.sort(key=lambda decision: self._start(decision))
+        return decisions, refused
+
+    def _shared(self, decision: Decision, shares: Mapping[str, int]) -> NotFoldable | None:
+        """A norm may end several groups, each takes a copy of it; nothing else can be in two places."""
+        for path in decision.members:
+            if shares[path] > 1 and self.vocabulary.kind(self.tree[path]) not in NORM_KINDS:
+                reason = f"{path} ends several groups, and only a norm can"
+                return NotFoldable("shared-module", reason, remedy="leave it out of all of them")
+        return None
+
+    def _missed(self, found: Found, reached: Mapping[str, frozenset[int]]) -> NotFoldable | None:
+        assert self.audit is not None
+        missed = (self.audit.missed(path, reached[path]) for path in found.reached)
+        return next((no for no in missed if no is not None), None)
+
+    def _start(self, decision: Decision) -> int:
+        assert self.audit is not None
+        return self.audit.start(decision.members[0])
+
+
+def _by_rule(rule: Rule, members: Sequence[Member]) -> Callable[[Modules], Rewrite]:
+    def rewrite(found: Modules) -> Rewrite:
+        return rule.rewrite(*(Operand(m.path, found[m.path], m.kind) for m in members))
+
+    return rewrite
+
+
+def _chosen(acting: Sequence[Member]) -> tuple[Rule, Sequence[Member]]:
+    """The rule for these members, and those of them that it takes."""
+    rule = _rule_for(tuple(member.kind for member in acting))
     if rule is None:
-        _refuse_sequence(members)
-    assert rule is not None
-    taken, rest = acting[: len(rule.pattern)], acting[len(rule.pattern) :]
-    for path, _, kind in rest:
+        raise _no_rule(acting)
+    for member in acting[len(rule.pattern) :]:
         require(
-            kind not in FOLDABLE and kind != "batch_dependent",
+            member.kind not in FOLDABLE and member.kind != "batch_dependent",
             "no-rule",
-            f"no rule takes {path} ({kind}) behind {rule.name}",
+            f"no rule takes {member.path} ({member.kind}) behind {rule.name}",
             remedy="list it in a group of its own, with the layer that feeds it",
         )
-    names = tuple(path for path, _, _ in taken)
-    return Decision(
-        group,
-        rule.name,
-        lambda found: rule.rewrite(*(Member(path, found[path], kind) for path, _, kind in taken)),
-        names,
-        tuple(path for path in group.modules if path not in names),
-    )
+    return rule, acting[: len(rule.pattern)]
 
 
 @cache
@@ -86,19 +181,14 @@ def _rule_for(kinds: tuple[str, ...]) -> Rule | None:
     return next((rule for rule in all_rules() if rule.matches(kinds)), None)
 
 
-def _refuse_sequence(members: list[tuple[str, nn.Module, str]]) -> None:
-    for _, module, kind in members:
-        missing = without_statistics(module) if kind in ("batch_dependent", "norm") else None
-        require(
-            missing is None, *(missing or ("", "")), remedy="leave it out of the spec: it cannot be folded"
-        )
-    sequence = " -> ".join(type(module).__name__ for _, module, _ in members)
-    require(
-        False,
-        "no-rule",
-        f"no rule fuses {sequence}",
-        remedy="'fusecli rules' lists all; extra_mappings in the spec can teach a sequence or a class",
-    )
+def _no_rule(members: Sequence[Member]) -> NotFoldable:
+    for member in members:
+        missing = without_statistics(member.module) if member.kind in ("batch_dependent", "norm") else None
+        if missing is not None:
+            return NotFoldable(*missing, remedy="leave it out of the spec: it cannot be folded")
+    sequence = " -> ".join(type(member.module).__name__ for member in members)
+    remedy = "'fusecli rules' lists all; extra_mappings in the spec can teach a sequence or a class"
+    return NotFoldable("no-rule", f"no rule fuses {sequence}", remedy=remedy)
 
 
 def _is_fused(modules: Sequence[nn.Module]) -> bool:

@@ -1,40 +1,38 @@
-"""Under how many names modules and parameters are known: what a fold at one name would change at another."""
+"""Under how many names modules and tensors are known: what a fold at one name would change at another."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 from torch import nn
 
 from fusecli.errors import require
+from fusecli.graph.recorder import same_memory
 from fusecli.rewrite import ModuleTree
 
 
 class Uses:
-    """Under how many names each module and each parameter of a model is known."""
+    """Under how many names each module of a model is known, and which names are the same memory."""
 
     def __init__(self, tree: ModuleTree) -> None:
-        self._modules = Counter(id(module) for module in tree.modules.values())
-        owners = {id(module): module for module in tree.modules.values()}
-        self._parameters = Counter(
-            id(parameter)
-            for module in owners.values()
-            for parameter in module._parameters.values()
-            if parameter is not None
-        )
+        self._names: dict[int, list[str]] = {}
+        for path, module in tree.modules.items():
+            self._names.setdefault(id(module), []).append(path)
+        self._tied = {name: names - {name} for names in same_memory(tree.model) for name in names}
 
     def require_single(self, path: str, module: nn.Module) -> None:
+        names = self._names[id(module)]
         require(
-            self._modules[id(module)] == 1,
+            len(names) == 1,
             "shared-module",
             f"{path} is the same module as another name of the model",
-            remedy="give each place its own module",
+            evidence=(f"its names are {', '.join(names)}",),
+            remedy="give each place its own module, or say `shared: clone` in the spec",
         )
-        tied = [n for n, p in module.named_parameters() if self._parameters[id(p)] > 1]
-        names = ", ".join(f"{path}.{name}" for name in tied)
+        own = [f"{path}.{name}" for name in (*module._parameters, *module._buffers)]
+        tied = {name: sorted(self._tied[name]) for name in own if name in self._tied}
         require(
             not tied,
             "tied-weights",
-            f"{names} is tied to a parameter of another module, which the fold would change too",
-            remedy="untie it (clone the parameter) before fusing",
+            f"{', '.join(tied)} is the same memory as another tensor, which the fold would change too",
+            evidence=tuple(f"{name} is also {', '.join(others)}" for name, others in tied.items()),
+            remedy="untie it (clone the parameter), or say `shared: clone` in the spec",
         )

@@ -47,9 +47,9 @@ def judge_alone(
     generator = torch.Generator().manual_seed(seed)
     x = probe_input(next(iter(original.values())), generator)
     with torch.no_grad():
-        check.semantic(Sample((x,)), chain(list(_twin(original).values()), x))
+        check.semantic(0, Sample((x,)), chain(list(_twin(original).values()), x))
         narrow = x.to(next(p.dtype for module in original.values() for p in module.parameters()))
-        check.stored(Sample((narrow,)), chain(list(original.values()), narrow))
+        check.stored(0, Sample((narrow,)), chain(list(original.values()), narrow))
     return check, []
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,21 +15,41 @@ from torch import nn
 from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare, floating_error
 from fusecli.equivalence.noise import dtype_of, tolerance
 from fusecli.equivalence.run import float64_arithmetic
+from fusecli.graph.dataflow import Call
+from fusecli.graph.labels import moved
 from fusecli.outcome import Judgement
 from fusecli.sample import Sample, cast
 
-Observer = Callable[[int, Sample, Any], None]
+Observer = Callable[[int, int, Sample, Any], None]
 _PERTURBATION = 0.01
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One time that data went through a group, as a recorded run has shown it.
+
+    first, last  which calls of its first and its last member, each counted from 0
+    bridges      for each link, the recorded ops that move the tensor from one member to the next
+    """
+
+    first: int
+    last: int
+    bridges: tuple[tuple[Call, ...], ...] = ()
+
+
+Passes = tuple[Pass, ...]
+Bridges = tuple[tuple[Call, ...], ...]
 
 
 @dataclass
 class GroupCheck:
     """What was seen of one group, call by call. `exact` and `fused` are its modules after the fold, in
-    float64 and in the stored dtype, to be run in a row."""
+    float64 and in the stored dtype, to be run in a row, with the bridges of `passes` between them."""
 
     members: tuple[str, ...]
     exact: Sequence[nn.Module]
     fused: Sequence[nn.Module]
+    passes: Passes = ()
     calls: int = 0
     order: int | None = None
     difference: Difference = field(default_factory=Difference)
@@ -43,24 +62,28 @@ class GroupCheck:
     _perturbed: list[nn.Module] = field(default_factory=list, repr=False)
 
     @torch.no_grad()  # the forward around may have enabled gradients
-    def semantic(self, inputs: Sample, observed: Any) -> None:
+    def semantic(self, turn: int, inputs: Sample, observed: Any) -> None:
         """Float64: the fused group on the input of the first member, against the output of the last."""
         self.calls += 1
+        bridges = self._bridges(turn)
         with float64_arithmetic():
-            difference = _against(observed, self.exact, inputs)
+            difference = _against(observed, self.exact, inputs, bridges)
             if difference.undefined:
                 self.undefined = True
                 return
             self.difference = self.difference.worse(difference)
             if self.noticed <= TOLERANCE:
-                self.noticed = max(self.noticed, _against(observed, self._noisy(), inputs).error)
+                noisy = _against(observed, self._noisy(), inputs, bridges)
+                self.noticed = max(self.noticed, noisy.error)
 
     @torch.no_grad()
-    def stored(self, inputs: Sample, observed: Any) -> None:
+    def stored(self, turn: int, inputs: Sample, observed: Any) -> None:
         """Stored dtype: the errors of both groups against float64 on the very same input."""
+        bridges = self._bridges(turn)
         with float64_arithmetic():
-            reference = _chain(self.exact, inputs.copy(torch.float64))
-        noise, drift = floating_error(reference, observed), _against(reference, self.fused, inputs).error
+            reference = _chain(self.exact, inputs.copy(torch.float64), bridges)
+        noise = floating_error(reference, observed)
+        drift = _against(reference, self.fused, inputs, bridges).error
         self.noise_floor = max(self.noise_floor or 0.0, noise or 0.0)
         self.drift = max(self.drift or 0.0, drift)
 
@@ -96,6 +119,9 @@ class GroupCheck:
             return "the inputs do not notice weights that are off by 1 %"
         return ""
 
+    def _bridges(self, turn: int) -> Bridges:
+        return next((found.bridges for found in self.passes if found.first == turn), ())
+
     def _noisy(self) -> Sequence[nn.Module]:
         """The fused modules with weights off by 1 %: a check that does not notice them proves nothing."""
         if not self._perturbed:
@@ -112,62 +138,89 @@ class GroupCheck:
         return self._perturbed
 
 
-def _against(observed: Any, modules: Sequence[nn.Module], inputs: Sample) -> Difference:
+def _against(
+    observed: Any, modules: Sequence[nn.Module], inputs: Sample, bridges: Bridges = ()
+) -> Difference:
     try:
-        return compare(observed, _chain(modules, inputs.copy()))
+        return compare(observed, _chain(modules, inputs.copy(), bridges))
     except Incomparable:
         raise
     except Exception as error:  # whatever a forward may raise on an input that does not fit it
         return Difference(math.inf, "", f"the fused group raises {type(error).__name__}: {error}")
 
 
-def _chain(modules: Sequence[nn.Module], inputs: Sample) -> Any:
+def _chain(modules: Sequence[nn.Module], inputs: Sample, bridges: Bridges = ()) -> Any:
     output = modules[0](*inputs.args, **inputs.kwargs)
-    for module in modules[1:]:
+    for number, module in enumerate(modules[1:]):
+        for call in bridges[number] if bridges else ():
+            output = moved(call, output)
         output = module(output)
     return output
 
 
 @contextmanager
-def observed(model: nn.Module, groups: Sequence[tuple[str, ...]], tell: Observer) -> Iterator[list[str]]:
-    """Inside, every pass through a group of the running `model` is told: `tell(group, input, output)`.
+def observed(
+    model: nn.Module, groups: Sequence[tuple[str, ...]], passes: Sequence[Passes], tell: Observer
+) -> Iterator[list[str]]:
+    """Inside, every pass through a group of the running `model` is told: `tell(group, turn, input, output)`,
+    where `turn` counts the calls of the first member.
 
-    The n-th call of the first member belongs to the n-th call of the last. Yields a list with one entry per
-    group; after the run it says what was wrong with the calls ("" if nothing was).
+    passes   for each group, which call of its first member belongs to which call of its last, as a recorded
+             run has shown it; empty: the n-th to the n-th
+
+    Yields a list with one entry per group; after the run it says what was wrong with the calls ("" if nothing
+    was).
     """
+    watches = [
+        _Watch(number, group, {found.last: found.first for found in pairs} or None, tell)
+        for number, (group, pairs) in enumerate(zip(groups, passes, strict=True))
+    ]
     trouble = [""] * len(groups)
-    waiting: list[deque[Sample]] = [deque() for _ in groups]
-    handles = []
-    for number, group in enumerate(groups):
-        first, last = model.get_submodule(group[0]), model.get_submodule(group[-1])
-        # Before the user's own pre-hooks: they run again where the group is run by itself.
-        enter = _enter(waiting[number])
-        handles.append(first.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-        handles.append(last.register_forward_hook(_leave(number, group, waiting[number], trouble, tell)))
+    handles = [handle for watch in watches for handle in watch.hooks(model)]
     try:
         yield trouble
     finally:
         for handle in handles:
             handle.remove()
-        for number, (group, left) in enumerate(zip(groups, waiting, strict=True)):
-            if left and not trouble[number]:
-                trouble[number] = f"{group[0]} ran {len(left)} times more often than {group[-1]}"
+        trouble[:] = [watch.trouble() for watch in watches]
 
 
-def _enter(waiting: deque[Sample]) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        waiting.append(Sample(args, kwargs).copy())
+@dataclass
+class _Watch:
+    """One group while the model runs: inputs of its first member that wait for the call of its last."""
 
-    return hook
+    number: int
+    group: tuple[str, ...]
+    partner: Mapping[int, int] | None
+    tell: Observer
+    waiting: dict[int, Sample] = field(default_factory=dict)
+    entered: int = 0
+    left: int = 0
+    early: bool = False
 
+    def hooks(self, model: nn.Module) -> Iterator[Any]:
+        first, last = model.get_submodule(self.group[0]), model.get_submodule(self.group[-1])
+        # Before the user's own pre-hooks: they run again where the group is run by itself.
+        yield first.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+        yield last.register_forward_hook(self._leave)
 
-def _leave(
-    number: int, group: tuple[str, ...], waiting: deque[Sample], trouble: list[str], tell: Observer
-) -> Callable[..., None]:
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        if waiting:
-            tell(number, waiting.popleft(), cast(output, None))
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.waiting[self.entered] = Sample(args, kwargs).copy()
+        self.entered += 1
+
+    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
+        turn, self.left = self.left, self.left + 1
+        partner = turn if self.partner is None else self.partner.get(turn)
+        if partner is None:
+            return  # this call belongs to another group, which shares the norm
+        if partner in self.waiting:
+            self.tell(self.number, partner, self.waiting.pop(partner), cast(output, None))
         else:
-            trouble[number] = f"{group[-1]} ran before {group[0]}"
+            self.early = True
 
-    return hook
+    def trouble(self) -> str:
+        if self.early:
+            return f"{self.group[-1]} ran before {self.group[0]}"
+        if self.waiting:
+            return f"{self.group[0]} ran {len(self.waiting)} times more often than {self.group[-1]}"
+        return ""

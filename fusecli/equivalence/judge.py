@@ -29,7 +29,8 @@ def judge(
     """
     original, fused = duplicate(subject.original).double(), with_exact_tensors(subject)
     checks = [
-        GroupCheck(group, _modules(fused, group), _modules(subject.fused, group)) for group in subject.groups
+        GroupCheck(group, _modules(fused, group), _modules(subject.fused, group), passes)
+        for group, passes in zip(subject.groups, subject.passes, strict=True)
     ]
     found = Findings(checks, narrowest(subject.original.parameters()))
     stored = subject.fused.state_dict()

@@ -8,6 +8,7 @@ from itertools import chain
 
 from torch import Tensor, nn
 
+from fusecli.equivalence.groups import Passes
 from fusecli.graph.materialise import duplicate
 
 
@@ -18,6 +19,7 @@ class Subject:
     original, fused   in the stored dtype; `fused` is what a user would load
     exact             the original in float64 with the same fold, not rounded
     groups            the members of every group, by path
+    passes            for each group, the calls that belong together (see equivalence.groups.observed)
     folded, foreign   state-dict keys of the fold, and of them those a custom fuser computed
     partly_fused      builds `exact` with the first n groups only, to find the one that breaks the whole
     """
@@ -26,6 +28,7 @@ class Subject:
     fused: nn.Module
     exact: nn.Module
     groups: tuple[tuple[str, ...], ...]
+    passes: tuple[Passes, ...]
     folded: Collection[str] = ()
     foreign: Collection[str] = ()
     partly_fused: Callable[[int], nn.Module] | None = None

@@ -64,9 +64,10 @@ def followed(model: nn.Module, groups: Sequence[tuple[str, ...]]) -> Iterator[Tr
 
         return hook
 
-    for group in groups:
-        handles.append(model.get_submodule(group[0]).register_forward_pre_hook(step(1), prepend=True))
-        handles.append(model.get_submodule(group[-1]).register_forward_hook(step(-1)))
+    for path in dict.fromkeys(group[0] for group in groups):
+        handles.append(model.get_submodule(path).register_forward_pre_hook(step(1), prepend=True))
+    for path in dict.fromkeys(group[-1] for group in groups):  # several groups may share a norm
+        handles.append(model.get_submodule(path).register_forward_hook(step(-1)))
     trail = Trail([])
     try:
         with _Noting(trail.steps, within):

@@ -71,14 +71,14 @@ class Trial:
     def _observed(self) -> Any:
         found = self.found
 
-        def tell(number: int, inputs: Sample, output: Any) -> None:
+        def tell(number: int, turn: int, inputs: Sample, output: Any) -> None:
             check = found.checks[number]
-            check.semantic(inputs, output)
+            check.semantic(turn, inputs, output)
             if check.order is None:
                 check.order = sum(other.order is not None for other in found.checks)
 
         try:
-            with observed(self.original, self.subject.groups, tell) as trouble:
+            with observed(self.original, self.subject.groups, self.subject.passes, tell) as trouble:
                 reference = run(self.original, self.sample, seed=self.seed, dtype=torch.float64)
         except Incomparable:
             raise

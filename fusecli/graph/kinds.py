@@ -31,7 +31,9 @@ NOTHING = frozenset(
     }
 )
 BATCH_DEPENDENT = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
-FOLDABLE = frozenset({"conv", "conv_transpose", "linear", "norm", "norm_with_activation"})
+LAYER_KINDS = frozenset({"conv", "conv_transpose", "linear"})
+NORM_KINDS = frozenset({"norm", "norm_with_activation"})
+FOLDABLE = LAYER_KINDS | NORM_KINDS
 
 
 _KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (

@@ -36,6 +36,15 @@ def linear_op(layer: nn.Module, *, transposed: bool) -> LinearOp:
 def channel_affine(norm: nn.Module) -> ChannelAffine:
     """y = scale x + shift of a norm in inference mode: BatchNorm, SyncBatchNorm, FrozenBatchNorm,
     InstanceNorm with running statistics, and what else keeps weight, bias, running_mean, running_var, eps."""
+    require_fixed(norm)
+    mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
+    assert mean is not None
+    assert var is not None
+    return batch_norm(mean, var, float(norm.eps), _vector(norm, "weight"), _vector(norm, "bias"))  # type: ignore[arg-type]
+
+
+def require_fixed(norm: nn.Module) -> None:
+    """Guard: the norm keeps the statistics that make it one affine at inference."""
     refuse_parametrized(norm)
     eps: Any = getattr(norm, "eps", None)
     complete = {"running_mean", "running_var"} <= norm._buffers.keys() and isinstance(eps, int | float)
@@ -47,10 +56,6 @@ def channel_affine(norm: nn.Module) -> ChannelAffine:
         require(
             False, code, reason, remedy="only a norm with running statistics is a fixed affine at inference"
         )
-    mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
-    assert mean is not None
-    assert var is not None
-    return batch_norm(mean, var, float(eps), _vector(norm, "weight"), _vector(norm, "bias"))
 
 
 def lowered(path: str, op: LinearOp) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
     memo: dict[int, object] = dict(instead or {})
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
 

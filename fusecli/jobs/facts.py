@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from fusecli.checkpoint import Checkpoint, sha256_file
-from fusecli.engine import Decision, Group
-from fusecli.graph.kinds import norms, without_statistics
+from fusecli.graph.kinds import norms
 from fusecli.jobs.fold import Layout
-from fusecli.outcome import FileFacts, LedgerEntry, Refusal, Totals, Unfused
+from fusecli.outcome import FileFacts, LedgerEntry, Totals, Unfused
 from fusecli.spec import Spec
 
 _STATE = ("running_mean", "running_var", "num_batches_tracked")
@@ -69,40 +68,16 @@ def totals(layout: Layout, model: nn.Module | None) -> Totals:
     return Totals(len(acting) if model is not None else None, parameters, size, norm_layers)
 
 
-def unfused_norms(
-    modules: Mapping[str, nn.Module],
-    decisions: Iterable[Decision],
-    refused: Iterable[Refusal] = (),
-    groups: Iterable[Group] = (),
-) -> tuple[Unfused, ...]:
-    """Every norm that stays in the model, and why. `groups`: those asked for, where some are refused."""
-    taken = {path for decision in decisions for path in decision.members}
-    blocked = {path: refusal for refusal in refused for path in refusal.group}
-    asked = {path for group in groups for path in group.modules}
-    return tuple(_unfused(path, norm, blocked, asked) for path, norm in norms(modules) if path not in taken)
-
-
 def norms_beyond(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> tuple[Unfused, ...]:
     """Norms of a bare state dict that no group names: nothing is known of them but their statistics."""
     found = (name.removesuffix(_VARIANCE) for name in checkpoint.tensors if name.endswith(_VARIANCE))
     return tuple(Unfused(path, "norm", *_NOT_LISTED) for path in found if path not in modules)
 
 
-def _unfused(path: str, norm: nn.Module, blocked: Mapping[str, Refusal], asked: Collection[str]) -> Unfused:
-    kind = type(norm).__name__
-    if path in blocked:
-        return Unfused(path, kind, blocked[path].code, blocked[path].reason)
-    if path in asked:
-        return Unfused(path, kind, "held-back", "its group was not refused, but another one was")
-    missing = without_statistics(norm)
-    code, reason = missing or _NOT_LISTED
-    return Unfused(path, kind, code, reason)
-
-
-def statistics_ledger(checkpoint: Checkpoint, decisions: Iterable[Decision]) -> list[LedgerEntry]:
+def statistics_ledger(checkpoint: Checkpoint, modules: Iterable[str]) -> list[LedgerEntry]:
     """Norms that were never trained: with mean 0 and variance 1 most wrong folds are invisible."""
     entries = []
-    for path in (path for decision in decisions for path in decision.members):
+    for path in dict.fromkeys(modules):
         mean, var = (checkpoint.tensors.get(f"{path}.{name}") for name in ("running_mean", "running_var"))
         if mean and var and not mean.load().any() and bool((var.load() == 1).all()):
             entries.append(LedgerEntry("statistics", path, "untrained: mean 0, variance 1 in every channel"))

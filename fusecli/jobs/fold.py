@@ -5,8 +5,10 @@ The structure is planned on the meta device; only the tensors of one group are i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 from fusecli.algebra import unpack
 from fusecli.algebra.blocks import BLOCK, undivided
 from fusecli.checkpoint import write_pt, write_safetensors
-from fusecli.engine import Decision, Group, compute, plan, refusal
-from fusecli.errors import NotFoldable
+from fusecli.engine import Decision, Group, Plan, compute, owning, plan, refusal
+from fusecli.errors import NotFoldable, UsageError
 from fusecli.graph.kinds import kind_of
 from fusecli.graph.materialise import with_tensors
+from fusecli.graph.record import Run
 from fusecli.graph.stand_in import hints_of
 from fusecli.jobs.source import Source
 from fusecli.outcome import GroupReport, LedgerEntry, Refusal
@@ -53,6 +56,10 @@ class Fold:
     ranges: dict[int, Ranges] = field(default_factory=dict)
 
     @property
+    def members(self) -> list[str]:
+        return [path for decision in self.decisions for path in decision.members]
+
+    @property
     def keymap(self) -> KeyMap:
         return KeyMap(edit for rewrite in self.rewrites for edit in rewrite.edits)
 
@@ -71,19 +78,21 @@ class Fold:
         return {key for rewrite in opaque for key in rewrite.tensors}
 
 
-def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group]) -> Fold:
-    """Plans every group on the meta device; raises Refused with all the groups that cannot be fused."""
-    tree = ModuleTree(skeleton)
-    planned = plan(tree, groups, source.vocabulary)
-    refused = list(planned.refused)
-    rewrites: list[Rewrite] = []
-    for decision in planned.decisions:
-        try:
-            rewrites.append(decision.rewrite(_modules(source, tree, decision, real=decision.custom)))
-        except NotFoldable as no:
-            refused.append(refusal(decision.group, no, decision.rule))
+def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group], run: Run | None = None) -> Fold:
+    """Plans every group on the meta device; raises Refused with all the groups that cannot be fused.
+
+    run  a run of the model that each group is audited against
+    """
+    try:
+        planned, rewrites, refused = _planned(source, skeleton, groups, run)
+    except UsageError:
+        # A group whose shapes do not fit is why the model does not run.
+        planned, rewrites, refused = _planned(source, skeleton, groups, None)
+        if not refused:
+            raise
     if refused:
         raise Refused(_in_order(refused, groups))
+    tree = ModuleTree(skeleton)
     fold = Fold(
         source=source,
         skeleton=skeleton,
@@ -101,6 +110,30 @@ def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group]) -> Fold:
     )
     fold.layout = _layout(fold)
     return fold
+
+
+def _planned(
+    source: Source, skeleton: nn.Module, groups: list[Group], run: Run | None
+) -> tuple[Plan, list[Rewrite], list[Refusal]]:
+    tree = ModuleTree(skeleton)
+    planned = plan(tree, groups, source.vocabulary, run)
+    if source.owns:
+        decisions = tuple(owning(decision, source.owns) for decision in planned.decisions)
+        planned = replace(planned, decisions=decisions)
+    refused = list(planned.refused)
+    rewrites: list[Rewrite] = []
+    for decision in planned.decisions:
+        try:
+            rewrites.append(decision.rewrite(_modules(source, tree, decision, real=decision.custom)))
+        except NotFoldable as no:
+            refused.append(refusal(decision.group, no, decision.rule))
+    return planned, rewrites, refused
+
+
+def try_fold(fold: Fold) -> None:
+    """Folds and forgets; raises Refused where a group's numbers forbid it, as write_fold would."""
+    for _ in _folded(fold, lambda _: None, {}):
+        pass
 
 
 def write_fold(
@@ -131,12 +164,29 @@ def apply_to_skeleton(fold: Fold) -> list[LedgerEntry]:
 
 
 def manifest_for(fold: Fold, input_sha256: str, **facts: Any) -> Manifest:
+    checkpoint = fold.source.checkpoint
     groups = tuple(
-        GroupRecord(decision.group.modules, decision.rule, fold.source.evidence, decision.kept, hints)
+        GroupRecord(decision.group.modules, decision.rule, decision.evidence, decision.kept, hints)
         for decision, hints in zip(fold.decisions, fold.hints, strict=True)
     )
-    edits = tuple(edit for rewrite in fold.rewrites for edit in rewrite.edits)
-    return Manifest("folded", groups, edits, input_sha256, ties=fold.source.checkpoint.ties, **facts)
+    return Manifest(
+        "folded",
+        groups,
+        tuple(edit for rewrite in fold.rewrites for edit in rewrite.edits),
+        input_sha256,
+        resolved_sha256(groups),
+        ties=checkpoint.ties,
+        key=checkpoint.nesting or "",
+        strip_prefix=checkpoint.prefixes,
+        **facts,
+    )
+
+
+def resolved_sha256(groups: Iterable[GroupRecord]) -> str:
+    """The hash of what a spec came down to: patterns bound, rules chosen, in the order of the run. Two specs
+    that ask for the same work have the same, and so the same artifact, to the byte."""
+    resolved = [[group.modules, group.rule, group.kept, dict(group.hints)] for group in groups]
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
 def group_reports(fold: Fold, fused: nn.Module) -> list[GroupReport]:
@@ -154,7 +204,7 @@ def group_reports(fold: Fold, fused: nn.Module) -> list[GroupReport]:
                 modules=decision.group.modules,
                 rule=decision.rule,
                 status="planned",
-                evidence=fold.source.evidence,
+                evidence=decision.evidence,
                 kinds_before=fold.kinds_before[number],
                 kinds_after=tuple(type(after[path]).__name__ for path in decision.group.modules),
                 weight_range_before=before,
@@ -165,6 +215,7 @@ def group_reports(fold: Fold, fused: nn.Module) -> list[GroupReport]:
                     new for key in rewritten if key not in own and (new := keymap(key)) is not None
                 ),
                 kept=decision.kept,
+                notes=tuple(f"{' + '.join(no.group)} stays: {no.reason}" for no in decision.spared),
             )
         )
     return reports
@@ -197,10 +248,30 @@ def _below(key: str, paths: set[str]) -> bool:
 
 def _stream(fold: Fold, tick: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the artifact under its new name; the folded ones first, a group in memory at a time."""
-    keymap, tensors, keys = fold.keymap, fold.source.checkpoint.tensors, _keys_by_module(fold.source)
+    keymap, tensors = fold.keymap, fold.source.checkpoint.tensors
+    written: set[str] = set()
+    for name, tensor in _folded(fold, tick, _keys_by_module(fold.source)):
+        written.add(name)
+        yield name, tensor
+    written_before = next(iter(tensors.values()))
+    for key, stored in tensors.items():
+        new = keymap(key)
+        if new in fold.layout and new not in written:
+            assert new is not None
+            yield new, stored.load()
+            # The one before has been written by now; this one may still be on its way.
+            written_before.release()
+            written_before = stored
+
+
+def _folded(
+    fold: Fold, tick: Callable[[str], None], keys: Mapping[str, list[str]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that the groups compute; `keys` are those of each module, which are not needed any more
+    once its group is folded. Raises Refused after the last group if some cannot be fused."""
+    keymap, tensors = fold.keymap, fold.source.checkpoint.tensors
     refused: list[Refusal] = []
     tree = ModuleTree(fold.skeleton)
-    written: set[str] = set()
     for number, decision in enumerate(fold.decisions):
         tick(f"folding group {number + 1} of {len(fold.decisions)}")
         try:
@@ -215,21 +286,11 @@ def _stream(fold: Fold, tick: Callable[[str], None]) -> Iterator[tuple[str, Tens
         for key, tensor in rewrite.tensors.items():
             new = keymap(key)
             assert new is not None
-            written.add(new)
             yield new, tensor
         for key in (key for path in decision.members for key in keys.get(path, ())):
             tensors[key].release()
     if refused:
         raise Refused(refused)
-    written_before = next(iter(tensors.values()))
-    for key, stored in tensors.items():
-        new = keymap(key)
-        if new in fold.layout and new not in written:
-            assert new is not None
-            yield new, stored.load()
-            # The one before has been written by now; this one may still be on its way.
-            written_before.release()
-            written_before = stored
 
 
 def _modules(source: Source, tree: ModuleTree, decision: Decision, *, real: bool) -> Mapping[str, nn.Module]:

@@ -12,9 +12,12 @@ from typing import Any
 from fusecli.artifact import artifact_at, manifest_of
 from fusecli.checkpoint import Checkpoint, Staged, check_target, open_checkpoint, staged
 from fusecli.consent import Consent
-from fusecli.engine import Group
+from fusecli.engine import Group, shared_roots
+from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode, Problem, UsageError
+from fusecli.graph.record import Run
 from fusecli.jobs import facts
+from fusecli.jobs.choice import Choice, chosen, owned, shortfall
 from fusecli.jobs.fold import (
     Fold,
     Refused,
@@ -28,7 +31,7 @@ from fusecli.jobs.inputs import entries_of, samples_of
 from fusecli.jobs.proof import Proof, prove_alone, prove_with_model, reported
 from fusecli.jobs.source import Source, folder_of, module_names, planted, source_of
 from fusecli.outcome import Evidence, Judgement, LedgerEntry, Outcome, Refusal, Unfused, Verdict
-from fusecli.rewrite import MANIFEST_KEY
+from fusecli.rewrite import MANIFEST_KEY, ModuleTree
 from fusecli.spec import Spec
 from fusecli.spec.groups import GroupSpec
 from fusecli.spec.wildcards import bind_groups
@@ -43,7 +46,10 @@ STATUS = {
 
 @dataclass(frozen=True)
 class FuseRequest:
-    """One call of `fusecli fuse`. None: the spec decides, or the default."""
+    """One call of `fusecli fuse`. None: the spec decides, or the default.
+
+    typed  the words that named model and inputs on the command line, for the command that comes next
+    """
 
     checkpoint: Path
     spec: Spec
@@ -55,6 +61,10 @@ class FuseRequest:
     allow_pickle: bool = False
     seed: int | None = None
     samples: int | None = None
+    keep_going: bool = False
+    require_all: bool = False
+    min_folded: float | None = None
+    typed: tuple[str, ...] = ()
 
 
 def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: None) -> Outcome:
@@ -139,24 +149,44 @@ class _Job:
     tick: Tick
     fmt: str
     target: Path
-    ledger: list[LedgerEntry] = field(default_factory=list)
+    assumed: list[LedgerEntry] = field(default_factory=list)
 
     def run(self, outcome: Outcome) -> Outcome:
         self.tick("planning")
-        skeleton, groups = self._structure()
+        skeleton, asked = self._structure()
         outcome = replace(
             outcome,
             environment=facts.environment(),
             totals_before=facts.totals(facts.layout_of(self.source.checkpoint), self._model(skeleton)),
         )
+        run = self._run(skeleton)
+        if self.spec.shared == "clone" and run is not None and self._own_what_can_fold(asked, run):
+            skeleton, asked = self._structure()
+            run = self._run(skeleton)
         modules = dict(skeleton.named_modules())
-        try:
-            fold = plan_fold(self.source, skeleton, groups)
-            if not fold.decisions:
-                return self._nothing(outcome, modules, bool(fold.done))
-            return self._write(outcome, fold, modules)
-        except Refused as no:
-            return self._refused(outcome, modules, no.refused, groups)
+        choice = chosen(self.spec, ModuleTree(skeleton), modules, asked, run, self.source.vocabulary)
+        while True:
+            outcome = replace(outcome, recording=recorded(run))
+            try:
+                fold = plan_fold(self.source, skeleton, choice.groups, run)
+                if not fold.decisions:
+                    return self._nothing(outcome, choice, bool(fold.done))
+                if problems := self._shortfall(fold, choice):
+                    return self._short(outcome, fold, choice, problems)
+                outcome, checks = self._write(outcome, fold, choice)
+            except Refused as no:
+                if not choice.may_drop(no.refused) and not (self.request.keep_going and choice.dropped):
+                    return self._refused(outcome, choice, no.refused)
+                choice.drop(no.refused)
+                continue
+            failed = failures(fold, checks) if self.request.keep_going else []
+            if outcome.exit_code is not ExitCode.DIFFERENT or not failed or outcome.output is not None:
+                return outcome
+            choice.drop(failed)
+            skeleton, _ = self._structure()  # the other one has been edited
+            choice.modules = dict(skeleton.named_modules())
+            if run is not None:
+                run.structure = skeleton
 
     def _structure(self) -> tuple[Any, list[Group]]:
         if self.source.build is not None:
@@ -165,43 +195,73 @@ class _Job:
             return skeleton, groups_of(self.spec, names)
         groups = groups_of(self.spec, module_names(self.source.checkpoint), optional_from=2)
         skeleton, assumed = planted(self.source.checkpoint, groups, dict(self.spec.assume))
-        self.ledger += assumed
+        self.assumed = assumed
         return skeleton, groups
+
+    def _run(self, skeleton: Any) -> Run | None:
+        """A run of the model on the first sample; None without its code."""
+        if self.source.build is None:
+            return None
+        seed = self.request.seed if self.request.seed is not None else self.spec.verify.seed
+        return Run(skeleton, samples_of(self.spec, seed, 1)[0], self.source.original)
+
+    def _own_what_can_fold(self, asked: Sequence[Group], run: Run) -> bool:
+        """Finds the modules that a copy of their own makes foldable; the source gives them one."""
+        source = self.source
+        source.owns = shared_roots(ModuleTree(run.structure), source.vocabulary)
+        if source.owns:
+            apart = Run(source.skeleton(), run.sample, source.original)
+            source.owns = owned(self.spec, apart, source.owns, asked, source.vocabulary)
+        return bool(source.owns)
+
+    def _shortfall(self, fold: Fold, choice: Choice) -> list[str]:
+        unfused = choice.unfused(fold.decisions) + self._beyond(choice)
+        folded = len({path for decision in fold.decisions for path in decision.members} & set(choice.norms))
+        request = self.request
+        return shortfall(unfused, folded, require_all=request.require_all, min_folded=request.min_folded)
+
+    def _short(self, outcome: Outcome, fold: Fold, choice: Choice, problems: list[str]) -> Outcome:
+        return replace(
+            outcome,
+            groups=tuple(group_reports(fold, self._edited(fold))),
+            unfused=choice.unfused(fold.decisions) + self._beyond(choice),
+            problems=tuple(problems),
+            next_step="'fusecli plan' writes a spec that folds every norm that can be folded",
+        )
+
+    def _edited(self, fold: Fold) -> Any:
+        apply_to_skeleton(fold)
+        return fold.skeleton
 
     def _model(self, skeleton: Any) -> Any:
         return skeleton if self.source.build is not None else None
 
-    def _write(self, outcome: Outcome, fold: Fold, modules: dict[str, Any]) -> Outcome:
+    def _write(self, outcome: Outcome, fold: Fold, choice: Choice) -> tuple[Outcome, Sequence[GroupCheck]]:
         request, checkpoint = self.request, self.source.checkpoint
-        manifest = partial(
-            manifest_for,
-            fold,
-            spec_sha256=self.spec.sha256 or "",
-            versions=facts.versions(),
-            key=self.spec.checkpoint.key or "",
-            strip_prefix=self.spec.checkpoint.strip_prefix,
-        )
+        manifest = partial(manifest_for, fold, versions=facts.versions())
         with staged(
             self.target, request.force or request.dry_run, request.checkpoint, protected(self.spec)
         ) as stage:
             write_fold(fold, stage.path, self.fmt, manifest, self.tick)
-            self.ledger += self.source.ledger + facts.statistics_ledger(checkpoint, fold.decisions)
-            self.ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
-            self.ledger += apply_to_skeleton(fold)
+            ledger = self.assumed + self.source.ledger + facts.statistics_ledger(checkpoint, fold.members)
+            ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
+            ledger += apply_to_skeleton(fold)
+            spared = tuple(no for decision in fold.decisions for no in decision.spared)
             outcome = replace(
                 outcome,
                 groups=tuple(group_reports(fold, fold.skeleton)),
-                unfused=facts.unfused_norms(modules, fold.decisions) + self._beyond(modules),
+                refused=(*choice.dropped.values(), *spared),
+                unfused=choice.unfused(fold.decisions) + self._beyond(choice),
                 totals_after=facts.totals(fold.layout, self._model(fold.skeleton)),
-                ledger=tuple(self.ledger),
+                ledger=tuple(ledger),
             )
             with open_checkpoint(stage.path) as artifact:
-                outcome = self._prove(outcome, fold, artifact)
+                verdict, checks = self._judge(fold, artifact)
+                outcome = self._judged(outcome, verdict, checks)
                 outcome = replace(outcome, output=facts.output_facts(self.target, artifact))
-            return self._finish(outcome, stage)
+            return self._finish(outcome, stage, choice), checks
 
-    def _prove(self, outcome: Outcome, fold: Fold, artifact: Checkpoint) -> Outcome:
-        verdict, checks = self._judge(fold, artifact)
+    def _judged(self, outcome: Outcome, verdict: Verdict, checks: Sequence[GroupCheck]) -> Outcome:
         groups = reported(outcome.groups, checks)
         verdict = strictly(replace(verdict, groups=groups), outcome, self.request.strict)
         status, code = STATUS[verdict.judgement]
@@ -212,9 +272,11 @@ class _Job:
             fold, artifact, self.spec, self.consent, self.tick, self.request.seed, self.request.samples
         )
 
-    def _finish(self, outcome: Outcome, stage: Staged) -> Outcome:
+    def _finish(self, outcome: Outcome, stage: Staged, choice: Choice) -> Outcome:
         if outcome.exit_code is not ExitCode.OK:
             return replace(outcome, output=None)  # what was proven wrong is gone
+        if any(no.code == "dropped" for no in choice.dropped.values()):
+            outcome = replace(outcome, status="partly fused", exit_code=ExitCode.DIFFERENT)
         if self.request.dry_run:
             return replace(
                 outcome, status="planned", next_step=f"without --dry-run this writes {self.target}"
@@ -222,38 +284,69 @@ class _Job:
         stage.commit()
         return replace(outcome, next_step=verify_command(self.request, self.target, self.consent.words))
 
-    def _refused(
-        self, outcome: Outcome, modules: dict[str, Any], refused: Sequence[Refusal], groups: list[Group]
-    ) -> Outcome:
+    def _refused(self, outcome: Outcome, choice: Choice, refused: Sequence[Refusal]) -> Outcome:
         if self.source.build is None:
             refused = [_with_remedy(refusal) for refusal in refused]
         return replace(
             outcome,
             refused=tuple(refused),
-            unfused=facts.unfused_norms(modules, (), refused, groups) + self._beyond(modules),
-            ledger=tuple(self.ledger),
+            unfused=choice.unfused((), refused) + self._beyond(choice),
+            ledger=(*self.assumed, *facts.statistics_ledger(self.source.checkpoint, choice.names)),
         )
 
-    def _beyond(self, modules: dict[str, Any]) -> tuple[Unfused, ...]:
-        return facts.norms_beyond(self.source.checkpoint, modules)
+    def _beyond(self, choice: Choice) -> tuple[Unfused, ...]:
+        return facts.norms_beyond(self.source.checkpoint, choice.modules)
 
-    def _nothing(self, outcome: Outcome, modules: dict[str, Any], done: bool) -> Outcome:
-        why = "every group of the spec is fused already" if done else "the spec lists no groups"
+    def _nothing(self, outcome: Outcome, choice: Choice, done: bool) -> Outcome:
+        unfused = choice.unfused() + self._beyond(choice)
+        if choice.dropped:
+            why, step = "no group is left that can be fused", "see the reasons of the norms that are left"
+        elif done:
+            why, step = "every group of the spec is fused already", ""
+        elif self.spec.discover:
+            why, step = "the dataflow offers nothing to fold", "'fusecli explain CODE' says more"
+        else:
+            why = "the spec lists no groups"
+            step = "add groups to the spec; 'fusecli plan' writes them where the model's code is at hand"
+        problems = [why, *self._missed(unfused)]
+        failed = any(no.code == "dropped" for no in choice.dropped.values())
+        code = ExitCode.REFUSED if problems[1:] else ExitCode.DIFFERENT if failed else ExitCode.NOTHING
         return replace(
             outcome,
-            status="nothing to fuse",
-            exit_code=ExitCode.NOTHING,
-            unfused=facts.unfused_norms(modules, ()) + self._beyond(modules),
-            problems=(why,),
-            next_step=""
-            if done
-            else "add groups to the spec; 'fusecli inspect' shows the norms of the checkpoint",
+            status="refused" if problems[1:] else "different" if failed else "nothing to fuse",
+            exit_code=code,
+            refused=tuple(choice.dropped.values()),
+            unfused=unfused,
+            problems=tuple(problems),
+            next_step=step,
         )
+
+    def _missed(self, unfused: Sequence[Unfused]) -> list[str]:
+        request = self.request
+        return shortfall(unfused, 0, require_all=request.require_all, min_folded=request.min_folded)
+
+
+def recorded(run: Run | None) -> str:
+    """How the graph was recorded, for the report."""
+    if run is None or "recording" not in vars(run):
+        return ""
+    recording = run.recording
+    kind = "fake tensors (shapes, no numbers)" if recording.fake else "real tensors"
+    return f"{len(recording.calls):,} op calls of one forward, on {kind}"
+
+
+def failures(fold: Fold, checks: Sequence[GroupCheck]) -> list[Refusal]:
+    """The groups that the proof has found different, as what --keep-going leaves out."""
+    return [
+        Refusal(decision.group.modules, "dropped", f"it failed verification: {check.why}", decision.rule)
+        for decision, check in zip(fold.decisions, checks, strict=True)
+        if check.judgement is Judgement.DIFFERENT
+    ]
 
 
 def groups_of(spec: Spec, names: Sequence[str], optional_from: int | None = None) -> list[Group]:
     """The spec's groups bound to names; raises UsageError with all problems."""
-    bound = bind_groups(spec, names, optional_from=optional_from)
+    bound = bind_groups(spec, names, optional_from=optional_from, shared_last=optional_from is None)
     return [Group(group.modules, group.where, _hints(group.spec)) for group in bound]
 
 
@@ -297,8 +390,11 @@ def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:
 
 def verify_command(request: FuseRequest, target: Path, allowed: Iterable[str]) -> str:
     """The command line that proves the written artifact again; `allowed`: whose code it may run."""
-    words = ["fusecli", "verify", str(request.checkpoint), str(target), "--spec", str(request.spec.source)]
-    words += [word for name in allowed for word in ("--allow-code", name)]
+    words = ["fusecli", "verify", str(request.checkpoint), str(target), *request.typed]
+    words += ["--spec", str(request.spec.source)] if request.spec.source else []
+    # What --model names is allowed by being typed.
+    needed = [name for name in allowed if not any(name in word for word in request.typed)]
+    words += [word for name in needed for word in ("--allow-code", name)]
     return shlex.join(words + (["--allow-pickle"] if request.allow_pickle else []))
 
 

@@ -15,27 +15,27 @@ from torch import Tensor, nn
 from fusecli.artifact import load_strictly, loaded, tie, ties_of
 from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent, load_class, load_object
-from fusecli.engine import CustomFuser, Group, Vocabulary
+from fusecli.engine import CustomFuser, Group, Vocabulary, separate
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import duplicate, with_tensors
 from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
-from fusecli.outcome import Evidence, LedgerEntry
-from fusecli.rewrite import plant
+from fusecli.outcome import LedgerEntry
+from fusecli.rewrite import ModuleTree, plant
 from fusecli.spec import Spec
 
 
 @dataclass
 class Source:
-    """What is fused: `build` makes a fresh model of the user's class; None: only the tensors are at hand."""
+    """What is fused: `build` makes a fresh model of the user's class; None: only the tensors are at hand.
+
+    owns  modules that share their tensors in that class, and are given a copy of their own
+    """
 
     checkpoint: Checkpoint
     build: Callable[[], nn.Module] | None
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     ledger: list[LedgerEntry] = field(default_factory=list)
-
-    @property
-    def evidence(self) -> Evidence:
-        return Evidence.CLAIMED if self.build is None else Evidence.OBSERVED
+    owns: list[str] = field(default_factory=list)
 
     def skeleton(self) -> nn.Module:
         """The model on the meta device with the stored shapes and dtypes: structure without numbers.
@@ -49,6 +49,7 @@ class Source:
         except UsageError:
             model = self.build()  # a factory that computes with its weights cannot be built without numbers
         self._restore_names(model)
+        self._separate(model)
         ties = ties_of(model)  # moving a module makes a parameter of each of its names
         tie(model.to("meta"), ties)
         stored = {
@@ -58,6 +59,10 @@ class Source:
         load_strictly(model, {**stored, **self.checkpoint.others}, str(self.checkpoint.path))
         model.eval()  # by itself: a class may have a train() that returns nothing
         return model
+
+    def _separate(self, model: nn.Module) -> None:
+        if self.owns:
+            separate(ModuleTree(model), self.owns)
 
     def _restore_names(self, model: nn.Module) -> None:
         """A prefix that looked like a wrapper's is the model's own where the model has it."""
@@ -72,6 +77,7 @@ class Source:
         """A fresh model with the checkpoint's tensors, in eval mode."""
         assert self.build is not None
         model = self.build()
+        self._separate(model)
         load_strictly(model, loaded(self.checkpoint), str(self.checkpoint.path))
         model.eval()
         return model

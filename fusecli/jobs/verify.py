@@ -17,13 +17,16 @@ from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group
 from fusecli.errors import ExitCode, Problem, UsageError
+from fusecli.graph.record import Run
 from fusecli.jobs import facts
+from fusecli.jobs.choice import chosen
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold
-from fusecli.jobs.fuse import judged, strictly
+from fusecli.jobs.fuse import judged, recorded, strictly
+from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, planted, source_of
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
-from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, Opaque, Remainder
+from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, ModuleTree, Opaque, Own, Remainder
 from fusecli.spec import Spec
 
 _STATUS = {
@@ -98,6 +101,7 @@ def _structure(
     groups = [Group(record.planned, hints=record.hints) for record in manifest.groups]
     if spec is not None or checkpoint.module is not None:
         source = source_of(checkpoint, spec or Spec(), consent)
+        source.owns = list(dict.fromkeys(edit.path for edit in manifest.edits if isinstance(edit, Own)))
         if source.build is not None:
             return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
@@ -121,6 +125,7 @@ def _verify(
     tick: Callable[[str], None],
 ) -> Outcome:
     whole = skeleton if source.build is not None else None
+    run = _run(request, source, skeleton)
     modules = dict(skeleton.named_modules())
     outcome = Outcome(
         "verify",
@@ -133,17 +138,19 @@ def _verify(
         environment=facts.environment(),
     )
     try:
-        fold = plan_fold(source, skeleton, groups)
+        fold = plan_fold(source, skeleton, groups, run)
     except Refused as no:
         problem = "the manifest's groups cannot be fused on this checkpoint: it is not the one they came from"
         return replace(outcome, refused=no.refused, problems=(problem,))
+    choice = chosen(spec or Spec(), ModuleTree(skeleton), modules, groups, run, source.vocabulary)
     verdict, checks = judged(fold, artifact, spec, consent, tick, request.seed, request.samples)
     ledger = [*source.ledger, *apply_to_skeleton(fold), *_mismatches(source.checkpoint, manifest)]
     reports = reported(group_reports(fold, fold.skeleton), checks)
     outcome = replace(
         outcome,
         groups=reports,
-        unfused=facts.unfused_norms(modules, fold.decisions) + facts.norms_beyond(source.checkpoint, modules),
+        recording=recorded(run),
+        unfused=choice.unfused(fold.decisions) + facts.norms_beyond(source.checkpoint, modules),
         totals_after=facts.totals(facts.layout_of(artifact), whole),
         ledger=tuple(ledger),
     )
@@ -155,6 +162,13 @@ def _verify(
     return replace(
         outcome, verification=verdict, status=status, exit_code=code, next_step=_next(request, whole, code)
     )
+
+
+def _run(request: VerifyRequest, source: Source, skeleton: nn.Module) -> Run | None:
+    if source.build is None or request.spec is None:
+        return None
+    seed = request.seed if request.seed is not None else request.spec.verify.seed
+    return Run(skeleton, samples_of(request.spec, seed, 1)[0], source.original)
 
 
 def _edits(fold: Fold) -> tuple[object, ...]:

@@ -35,6 +35,7 @@ def as_json(outcome: Outcome) -> str:
         "verification": _verification(outcome.verification),
         "ledger": _plain(outcome.ledger),
         "environment": _plain(outcome.environment),
+        "recording": outcome.recording,
         "problems": _plain(outcome.problems),
         "next_step": next_step(outcome),
     }

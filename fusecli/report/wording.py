@@ -24,6 +24,8 @@ _HEADLINES = {
     "fused": (Judgement.EQUIVALENT, "fused, equivalent"),
     "verified": (Judgement.EQUIVALENT, "verified, equivalent"),
     "planned": (None, "planned, nothing written"),
+    "proposed": (None, "planned: a spec of all that is sound"),
+    "partly fused": (Judgement.DIFFERENT, "partly fused: groups that failed verification were left out"),
     "different": (Judgement.DIFFERENT, "different: not the same function"),
     "inconclusive": (Judgement.INCONCLUSIVE, "inconclusive: neither proven nor disproven"),
     "refused": (Judgement.DIFFERENT, "refused"),
@@ -38,7 +40,7 @@ _FAILURES = {
 }
 # Below the refusals, which name a code each.
 MORE = "'fusecli explain CODE' says more"
-_VERBS = {"fused": "folded", "verified": "verified", "planned": "planned"}
+_VERBS = {"fused": "folded", "partly fused": "folded", "verified": "verified", "planned": "planned"}
 _REMEDIES = {
     "different": "leave the group that differs out of the spec, or correct its pairing, and fuse again",
     "inconclusive": "give inputs that run every group (`inputs:` in the spec), or more of them (--samples)",
@@ -72,6 +74,8 @@ def names(group: GroupReport) -> str:
 def grounds(outcome: Outcome) -> Iterator[tuple[str, str]]:
     """(label, sentence) pairs under the headline: what the verdict rests on, and what it does not."""
     yield from (("problem", problem) for problem in outcome.problems)
+    if outcome.recording:
+        yield "recorded", outcome.recording
     if outcome.verification is not None:
         yield from _measured(outcome, outcome.verification)
     yield from _claimed(outcome)
@@ -111,15 +115,15 @@ def _claimed(outcome: Outcome) -> Iterator[tuple[str, str]]:
         which = "every group" if claimed == len(groups) else f"{claimed} of {len(groups)} groups"
         yield (
             str(Evidence.CLAIMED),
-            f"that the modules of {which} follow each other: your list was believed, no model code was run",
+            f"that the modules of {which} follow each other: your list was believed, no run has shown it",
         )
 
 
 def _written(outcome: Outcome) -> Iterator[tuple[str, str]]:
-    if outcome.status == "fused" and outcome.output is not None:
+    if outcome.status in ("fused", "partly fused") and outcome.output is not None:
         yield "written", f"{outcome.output.path} ({size(outcome.output.bytes)})"
         yield "load with", "fusecli.load_fused, not load_state_dict: the structure changed"
-    elif outcome.status not in ("fused", "verified", "planned") and _fuses(outcome):
+    elif outcome.status not in ("fused", "partly fused", "verified", "planned") and _fuses(outcome):
         yield "written", "nothing"
 
 

@@ -1,7 +1,7 @@
 """What a rule answers: new tensors and structural edits; applied to a tree, written down, replayed."""
 
 from fusecli.rewrite.apply import apply_edits, apply_rewrite
-from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder, Rewrite
+from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Own, Remainder, Rewrite
 from fusecli.rewrite.keys import KeyMap
 from fusecli.rewrite.manifest import MANIFEST_KEY, GroupRecord, Manifest
 from fusecli.rewrite.tree import ModuleTree, plant
@@ -17,6 +17,7 @@ __all__ = [
     "Manifest",
     "ModuleTree",
     "Opaque",
+    "Own",
     "Remainder",
     "Rewrite",
     "apply_edits",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusecli.nn import container_class
 from fusecli.outcome import LedgerEntry
-from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder, Rewrite
+from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Own, Remainder, Rewrite
 from fusecli.rewrite.hooks import BACKWARD, POST, PRE, move_hooks, take_hooks
 from fusecli.rewrite.tree import ModuleTree
 
@@ -19,10 +19,11 @@ def apply_rewrite(tree: ModuleTree, rewrite: Rewrite) -> tuple[LedgerEntry, ...]
     """Sets the new tensors, then does the edits; returns what was lost on the way."""
     # What a custom fuser returned brings its own tensors, at any depth below its path.
     opaque = tuple(f"{edit.path}." for edit in rewrite.edits if isinstance(edit, Opaque))
-    biases = [edit for edit in rewrite.edits if isinstance(edit, Bias)]
-    _do(tree, biases)
+    # A module of its own comes before its bias, and both before the tensors.
+    early = [edit for edit in rewrite.edits if isinstance(edit, Own | Bias)]
+    lost = _do(tree, early)
     set_tensors(tree, {k: t for k, t in rewrite.tensors.items() if not k.startswith(opaque)})
-    return tuple(_do(tree, (edit for edit in rewrite.edits if not isinstance(edit, Bias))))
+    return tuple(lost + _do(tree, (edit for edit in rewrite.edits if edit not in early)))
 
 
 def apply_edits(tree: ModuleTree, edits: Iterable[Edit]) -> tuple[LedgerEntry, ...]:
@@ -44,6 +45,10 @@ def set_tensors(tree: ModuleTree, tensors: Mapping[str, Tensor]) -> None:
 def _do(tree: ModuleTree, edits: Iterable[Edit]) -> list[LedgerEntry]:
     lost: list[LedgerEntry] = []
     for edit in edits:
+        if isinstance(edit, Own):
+            if tree.own(edit.path):
+                lost.append(LedgerEntry("tie", edit.path, "was shared; it has a copy of its own now"))
+            continue
         lost += (LedgerEntry("hook", path, f"lost: {hook}") for path, hook in _apply(tree, edit))
     return lost
 

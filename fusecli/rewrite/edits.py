@@ -13,6 +13,14 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Own:
+    """The module at `path` becomes a copy of its own: it was known under another name too, or its tensors
+    were the same memory as others."""
+
+    path: str
+
+
+@dataclass(frozen=True)
 class Bias:
     """The layer at `path` gets a bias parameter if it has none; its class, forward and hooks stay."""
 
@@ -66,7 +74,7 @@ class Opaque:
     result: nn.Module | None = field(default=None, compare=False, repr=False)
 
 
-Edit = Bias | Identity | Container | Remainder | Opaque
+Edit = Own | Bias | Identity | Container | Remainder | Opaque
 
 
 @dataclass(frozen=True, eq=False)

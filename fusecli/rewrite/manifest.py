@@ -10,12 +10,12 @@ from typing import Any
 from fusecli.errors import Problem, UnsafeError
 from fusecli.nn import container_class
 from fusecli.outcome import Evidence
-from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Remainder
+from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Own, Remainder
 
 MANIFEST_KEY = "fusecli"  # the name of the manifest in safetensors metadata and in a state dict's _metadata
 VERSION = 1
 _EDITS: dict[str, type[Any]] = {
-    cls.__name__.lower(): cls for cls in (Bias, Identity, Container, Remainder, Opaque)
+    cls.__name__.lower(): cls for cls in (Own, Bias, Identity, Container, Remainder, Opaque)
 }
 
 
@@ -31,18 +31,18 @@ class GroupRecord:
 
     @property
     def planned(self) -> tuple[str, ...]:
-        """The modules that the rule was chosen for. Without model code nobody knew what a kept one was; with
-        it, the same list would now be fused otherwise."""
-        claimed = self.evidence is Evidence.CLAIMED
-        return tuple(path for path in self.modules if not (claimed and path in self.kept))
+        """The modules that the rule takes: what was kept may look as if it could be fused too, where nobody
+        has the model's code or its run at hand."""
+        return tuple(path for path in self.modules if path not in self.kept)
 
 
 @dataclass(frozen=True)
 class Manifest:
     """`mode` says what the artifact is good for: "folded" (inference); QAT containers have their own word.
 
+    spec_sha256       of the spec as it was resolved (jobs.fold.resolved_sha256)
     ties              names of the original checkpoint that were the very same memory
-    key, strip_prefix how the original checkpoint has to be opened, as the spec said it
+    key, strip_prefix how the original checkpoint has to be opened, as it was found
     """
 
     mode: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 
 from torch import nn
@@ -17,6 +18,7 @@ class ModuleTree:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self._owned: set[str] = set()
 
     def __getitem__(self, path: str) -> nn.Module:
         return self.modules[path]
@@ -39,6 +41,17 @@ class ModuleTree:
         # Not setattr: a class may define a property of the child's name, and a __setattr__ of its own.
         self.modules[parent]._modules[name] = module
         self.modules[path] = module
+
+    def own(self, path: str) -> bool:
+        """Gives the module at `path` a copy of its own; False if it has one already."""
+        if path in self._owned:
+            return False
+        self._owned.add(path)
+        copied = copy.deepcopy(self.modules[path])
+        self.replace(path, copied)
+        for name, child in copied.named_modules(remove_duplicate=False):
+            self.modules[f"{path}.{name}" if name else path] = child
+        return True
 
 
 def plant(modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, PrivateAttr, field_validator
 
@@ -66,8 +66,17 @@ class Origin:
     root: nodes.Node | None = field(default=None, compare=False, repr=False)
 
 
+Target = Literal["inference", "quant"]
+Shared = Literal["refuse", "clone"]
+
+
 class Spec(Part):
-    """Everything a spec file says, with defaults filled in."""
+    """Everything a spec file says, with defaults filled in.
+
+    discover  also fuse what the dataflow offers
+    target    what discovery is for: "inference" folds norms, "quant" puts a ReLU into a container too
+    shared    a weight or module with several names: refuse to fold it, or clone it for each name
+    """
 
     version: Annotated[int, BeforeValidator(read_int)] = 1
     checkpoint: Section[Checkpoint] = Checkpoint()
@@ -77,6 +86,8 @@ class Spec(Part):
     groups: Listed[GroupSpec] = ()
     assume: Section[Assume] = Assume()
     discover: Flag = False
+    target: Annotated[Target, BeforeValidator(one_of("target", get_args(Target)))] = "inference"
+    shared: Annotated[Shared, BeforeValidator(one_of("shared", get_args(Shared)))] = "refuse"
     exclude: Listed[Pattern] = ()
     extra_mappings: Listed[Section[ExtraMapping]] = ()
     verify: Section[Verify] = Verify()
@@ -115,13 +126,6 @@ class Spec(Part):
         if qat:
             raise problem("QAT fusion is not available yet", "write qat: false")
         return qat
-
-    @field_validator("discover")
-    @classmethod
-    def _no_discovery_yet(cls, discover: bool) -> bool:
-        if discover:
-            raise problem("discovery is not available yet", "write discover: false and list the groups")
-        return discover
 
     @field_validator("inputs")
     @classmethod

@@ -25,14 +25,17 @@ class BoundGroup:
     where: str
 
 
-def bind_groups(spec: Spec, names: Collection[str], *, optional_from: int | None = None) -> list[BoundGroup]:
+def bind_groups(
+    spec: Spec, names: Collection[str], *, optional_from: int | None = None, shared_last: bool = False
+) -> list[BoundGroup]:
     """The groups of `spec`, in its order, with patterns expanded over `names` (in the order of `names`).
 
     Members from index `optional_from` on may be missing from `names`: without model code only modules
-    that hold tensors are known, and an activation holds none.
+    that hold tensors are known, and an activation holds none. With `shared_last` several groups may end in
+    the same module: a run of the model will tell whether it belongs to all of them.
     Raises UsageError with every unknown name, name twice in a group, duplicate and overlapping group.
     """
-    binder = _Binder(NameTree(names, spec.exclude), spec.where, optional_from)
+    binder = _Binder(NameTree(names, spec.exclude), spec.where, optional_from, shared_last)
     bound = [group for i, entry in enumerate(spec.groups) for group in binder.bind(i, entry)]
     if optional_from is None:
         binder.check_exclude()
@@ -53,10 +56,17 @@ def bind_lists(
 class _Binder:
     """Binds one entry after the other, and remembers which module belongs to which."""
 
-    def __init__(self, tree: NameTree, where: Callable[[nodes.Path], str], optional_from: int | None) -> None:
+    def __init__(
+        self,
+        tree: NameTree,
+        where: Callable[[nodes.Path], str],
+        optional_from: int | None,
+        shared_last: bool,
+    ) -> None:
         self.tree = tree
         self.where = where
         self.optional_from = optional_from
+        self.shared_last = shared_last
         self.problems: list[Problem] = []
         self._entries: dict[tuple[str, ...], str] = {}
         self._owner: dict[str, tuple[str, tuple[str, ...]]] = {}
@@ -138,6 +148,8 @@ class _Binder:
         for modules in expanded:
             for name in modules:
                 owner, taken = self._owner.setdefault(name, (where, modules))
+                if self.shared_last and name == modules[-1] == taken[-1]:
+                    continue
                 if taken is not modules and owner not in reported:
                     reported.add(owner)
                     what = f"{shown(name)} is in another group already, at {owner}"

@@ -54,6 +54,25 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return make
 
 
+FORGETFUL = """
+def forgetful(is_qat, layer, norm, activation):
+    from torch.nn.utils.fusion import fuse_linear_bn_eval
+
+    return fuse_linear_bn_eval(layer, norm)
+"""
+MAPPING = """
+extra_mappings:
+  - {sequence: [torch.nn.Linear, torch.nn.BatchNorm1d, torch.nn.ReLU], fuser: "net.py:forgetful"}
+"""
+
+
+def wrong_fold(digits: Path) -> None:
+    """The digits with a custom fuser that drops the head's activation: no audit sees what a fuser does."""
+    for name, more in (("net.py", FORGETFUL), ("fuse.yaml", MAPPING)):
+        with (digits / name).open("a") as file:
+            file.write(more)
+
+
 def edit(path: Path, *changes: tuple[str, str]) -> None:
     """Replaces texts that occur exactly once."""
     text = path.read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli.conftest import PAIR, edit
+from tests.cli.conftest import PAIR, edit, wrong_fold
 
 FUSE = ("fuse", "model.pt", "--spec", "fuse.yaml", "--allow-code", "net.py")
 FUSED = Path("model.fused.safetensors")
@@ -25,10 +25,10 @@ def test_0_fused_verified_written(cli, digits):
 
 
 def test_1_outputs_differ(cli, digits):
-    edit(digits / "fuse.yaml", ('["blocks.*.conv", "blocks.*.bn"]', "[blocks.0.conv, blocks.1.bn]"))
+    wrong_fold(digits)
     ended = cli(*FUSE)
     assert ended.code == 1
-    assert "first at blocks.0.conv + blocks.1.bn" in ended.out
+    assert "first at head.linear + head.bn + head.relu" in ended.out
     assert not FUSED.exists()
 
 
@@ -50,7 +50,7 @@ def test_1_verify_against_another_checkpoint(cli, digits):
     ("words", "said"),
     [
         (["fuse"], "Missing argument 'checkpoint'"),
-        (["fuse", "model.pt"], "Missing option '--spec'"),
+        (["fuse", "model.pt"], "nothing says what to fuse"),
         (["fuse", "none.pt", "--spec", "fuse.yaml"], "there is no such file"),
         (["fuse", ".", "--spec", "fuse.yaml"], "is a folder"),
         (["fuse", "model.pt", "--spec", "none.yaml"], "did you mean 'fuse.yaml'?"),
@@ -161,6 +161,16 @@ def test_4_refused(cli, digits):
     assert "no rule fuses AvgPool2d -> BatchNorm2d" in ended.out
     assert "remedy" in ended.out
     assert "fuse.yaml:11" in ended.out
+    assert not FUSED.exists()
+
+
+def test_4_a_pair_that_the_run_disproves(cli, digits):
+    edit(digits / "fuse.yaml", ('["blocks.*.conv", "blocks.*.bn"]', "[blocks.0.conv, blocks.1.bn]"))
+    ended = cli(*FUSE)
+    assert ended.code == 4
+    said = " ".join(ended.out.split())
+    assert "blocks.1.bn reads what comes from aten.convolution in blocks.1.conv" in said
+    assert "fuse.yaml:10" in said
     assert not FUSED.exists()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusecli.checkpoint import sha256_file
-from tests.cli.conftest import PAIR, edit
+from tests.cli.conftest import PAIR, edit, wrong_fold
 
 FUSE = ("fuse", "model.pt", "--spec", "fuse.yaml", "--allow-code", "net.py")
 KEYS = [
@@ -74,10 +74,6 @@ def test_the_command_that_verifies_again_does(cli, digits, flag):
 
 def broken_spec(folder):
     edit(folder / "fuse.yaml", ("groups:", "grups:"))
-
-
-def wrong_fold(folder):
-    edit(folder / "fuse.yaml", ('["blocks.*.conv", "blocks.*.bn"]', "[blocks.0.conv, blocks.1.bn]"))
 
 
 def refused_group(folder):
@@ -172,5 +168,5 @@ def test_a_report_that_cannot_be_written_leaves_no_scraps(cli, digits, monkeypat
     monkeypatch.setattr(Path, "write_text", full)
     ended = cli(*FUSE, "--report", "json=r.json")
     assert ended.code == 2
-    assert "the report cannot be written (No space left on device)" in ended.err
+    assert "it cannot be written (No space left on device)" in ended.err
     assert not Path("r.json").exists()

@@ -11,13 +11,15 @@ from torch import nn
 from fusecli import fuse, fuse_modules
 from fusecli.errors import RefusedError
 from tests import nets
+from tests.equivalence.nets import PAIR
+from tests.equivalence.nets import net as wired
 from tests.rules.side_by_side import assert_exact
 
 X = nets.images(2, 3, 11, 10)
 
 
-def refusal(conv: nn.Module) -> Any:
-    net = nets.chain(conv=conv, bn=nn.BatchNorm2d(6))
+def refusal(conv: nn.Module, wiring: Any = lambda m, x: m.bn(m.conv(x))) -> Any:
+    net = wired(wiring, conv=conv, bn=nn.BatchNorm2d(6))
     (refused,) = fuse(net, X, groups=["conv", "bn"]).refused
     return refused
 
@@ -33,11 +35,17 @@ def test_case_28_weight_standardisation(bias: bool) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_case_28_a_bias_that_is_ignored(bias: bool) -> None:
-    assert refusal(nets.BiasBlindConv2d(3, 6, 3, bias=bias)).code == "not-linear-in-weight"
+    refused = refusal(nets.BiasBlindConv2d(3, 6, 3, bias=bias))
+    assert refused.code == "bias-not-read"
+    assert refused.evidence[0] == "BiasBlindConv2d read it in 0 of 1 calls"
+    assert "extra_mappings" in refused.remedy
+    # Without a run, the probe finds it.
+    with pytest.raises(RefusedError, match="BiasBlindConv2d computes something else"):
+        fuse_modules(nets.chain(conv=nets.BiasBlindConv2d(3, 6, 3, bias=bias), bn=nn.BatchNorm2d(6)), PAIR)
 
 
 def test_a_class_that_does_not_run_in_a_row() -> None:
-    refused = refusal(nets.BrokenConv2d(3, 6, 3))
+    refused = refusal(nets.BrokenConv2d(3, 6, 3), lambda m, x: m.bn(m.conv(x, 2.0)))
     assert refused.code == "not-linear-in-weight"
     assert "BrokenConv2d could not be probed: TypeError" in refused.reason
 

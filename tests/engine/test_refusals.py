@@ -43,7 +43,7 @@ def test_case_15_tied_weights() -> None:
     net.b.weight = net.a.weight
     refused = refusal(net, ["b", "bn"])
     assert refused.code == "tied-weights"
-    assert "b.weight is tied" in refused.reason
+    assert "b.weight is the same memory" in refused.reason
     assert "clone" in refused.remedy
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fusecli
-from fusecli.outcome import Judgement, Outcome, Verdict
+from fusecli.engine import Group, plan
+from fusecli.equivalence.judge import judge
+from fusecli.equivalence.subject import Subject
+from fusecli.jobs.proof import float64_fold
+from fusecli.outcome import Evidence, GroupReport, Judgement, Outcome, Verdict
+from fusecli.rewrite import ModuleTree
+from fusecli.sample import Sample
 from tests.nets import images, randomise
 
 X = images(2, 3, 8, 8)
@@ -56,6 +63,30 @@ def fused(model: nn.Module, *groups: list[str], x: Any = X) -> Outcome:
 def verdict(outcome: Outcome) -> Verdict:
     assert outcome.verification is not None
     return outcome.verification
+
+
+def judged(model: nn.Module, *groups: list[str], x: Any = X) -> Verdict:
+    """What the verifier says of a fold that no audit has seen: the groups were believed, as from a file."""
+    listed = [Group(tuple(group)) for group in groups or [PAIR]]
+    wrong = fusecli.fuse_modules(model, [list(group.modules) for group in listed])
+    plain = copy.deepcopy(model)
+    decisions = plan(ModuleTree(plain), listed).decisions
+
+    def partly_fused(count: int) -> nn.Module:
+        return float64_fold(plain, decisions[:count])
+
+    subject = Subject(
+        original=plain,
+        fused=wrong,
+        exact=partly_fused(len(decisions)),
+        groups=tuple(decision.members for decision in decisions),
+        passes=tuple(decision.passes for decision in decisions),
+        folded=wrong.state_dict().keys(),
+        partly_fused=partly_fused,
+    )
+    verdict, checks = judge(subject, [Sample.of(x)], seed=0)
+    reports = (GroupReport(c.members, "", str(c.judgement), Evidence.CLAIMED) for c in checks)
+    return replace(verdict, groups=tuple(reports))
 
 
 def right_fold(model: nn.Module, *groups: list[str], x: Any = X) -> Any:

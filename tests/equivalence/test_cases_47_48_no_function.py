@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fusecli.errors import ExitCode
 from fusecli.outcome import Judgement
-from tests.equivalence.nets import X, bn, consistent, conv, fused, net, verdict
+from tests.equivalence.nets import X, bn, consistent, conv, fused, judged, net, verdict
 
 
 def with_head(head: Callable[[Any, Tensor], Any]) -> Any:
@@ -63,10 +63,9 @@ def test_case_47_a_model_that_disagrees_with_itself_is_named(case: str) -> None:
 
 def test_case_47_a_wrong_group_of_an_erratic_model_is_still_different() -> None:
     model = net(lambda m, x: torch.rand(3, 1, 1) + m.bn(F.relu(m.conv(x))), conv=conv(), bn=bn())
-    outcome = fused(model)
-    assert verdict(outcome).judgement is Judgement.DIFFERENT
-    assert verdict(outcome).first_different == ("conv", "bn")
-    assert consistent(verdict(outcome))
+    found = judged(model)
+    assert (found.judgement, found.first_different) == (Judgement.DIFFERENT, ("conv", "bn"))
+    assert consistent(found)
 
 
 @pytest.mark.parametrize("head", [counting, lambda m, y: y.add_(1)])

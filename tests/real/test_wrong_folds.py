@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,12 +74,26 @@ def test_the_right_folds_of_these_specs_exit_0(cli, models, network, net):
     assert (ended.code, len(ended.report["groups"])) == (0, 2)
 
 
+def producers(refusal, norm: str) -> list[str]:
+    """The modules that the evidence names as what feeds `norm`."""
+    seen = (
+        re.fullmatch(rf"{re.escape(norm)} reads what comes from \S+ in (\S+)", line)
+        for line in refusal["evidence"]
+    )
+    return [found[1] for found in seen if found]
+
+
 def test_swapped_pairs(cli, models, network, net):
     (a, b), (c, d) = net.pairs
     respec(models, net, groups=[[a, d], [c, b]])
     words = ("fuse", network(net.package, net.file), "--spec", "wrong.yaml", "--allow-code", net.code)
     ended = cli(*words, "-o", OUT, *ONCE)
-    assert (ended.code, ended.report["status"]) == (1, "different")
+    assert (ended.code, ended.report["status"]) == (4, "refused")
+    refused = {tuple(refusal["group"]): refusal for refusal in ended.report["refused"]}
+    assert {no["code"] for no in refused.values()} == {"not-adjacent"}
+    # The norm's real producer is the layer of its own pair.
+    assert producers(refused[a, d], d) == [c]
+    assert producers(refused[c, b], b) == [a]
     assert not OUT.exists()
 
 

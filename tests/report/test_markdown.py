@@ -74,7 +74,7 @@ def test_the_verdict_comes_first_and_says_what_was_believed() -> None:
     assert as_markdown(FUSED).startswith("## ✓ fused, equivalent\n")
     head = as_markdown(CLAIMED).split("###")[0]
     assert "as claimed" in head
-    assert "no model code was run" in head
+    assert "no run has shown it" in head
 
 
 def test_refusals_have_reason_evidence_and_remedy() -> None:

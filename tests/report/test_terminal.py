@@ -139,7 +139,7 @@ def test_few_groups_are_all_shown_in_the_order_of_the_run() -> None:
 def test_a_claim_is_said_beside_the_verdict_and_in_its_row() -> None:
     details, last = _printed(CLAIMED).split("─" * 80)
     assert "as claimed" in last
-    assert "no model code was run" in _unwrapped(last)
+    assert "no run has shown it" in _unwrapped(last)
     assert len(re.findall(r"claimed +\d", details)) == len(CLAIMED.groups)
     assert "claimed" not in _printed(FUSED)
 

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from fusecli import fuse, fuse_modules
+from fusecli.outcome import Judgement
 from tests import nets
+from tests.equivalence.nets import judged
 
 X = nets.images(2, 3, 9, 8)
 GROUP = ["conv", "bn", "relu"]
@@ -137,7 +139,10 @@ def test_case_40_the_ledger_of_fuse_names_them() -> None:
 def test_a_hook_in_the_middle_that_changes_its_tensor_is_noticed() -> None:
     net = net_of("pair")
     net.bn.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
-    assert fuse(net, X, groups=["conv", "bn"]).exit_code == 1
+    outcome = fuse(net, X, groups=["conv", "bn"])
+    assert (outcome.exit_code, [no.code for no in outcome.refused]) == (4, ["not-adjacent"])
+    assert "aten.mul" in outcome.refused[0].evidence[0]
+    assert judged(net, x=X).judgement is Judgement.DIFFERENT
 
 
 @pytest.mark.parametrize("wrap", ["conv_relu", "bn_relu"])

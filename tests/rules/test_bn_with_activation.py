@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fusecli import fuse, fuse_modules
+from fusecli.errors import RefusedError
 from tests import nets
 from tests.rules.side_by_side import assert_exact, kinds
 
@@ -22,8 +23,11 @@ def test_case_31_an_activation_that_no_submodule_shows() -> None:
     net = nets.chain(conv=nn.Conv2d(3, 6, 3), bn=nets.ReluNorm2d(6))
     (refused,) = fuse(net, X, groups=["conv", "bn"]).refused
     assert refused.code == "not-affine"
-    assert "ReluNorm2d computes something else" in refused.reason
+    assert refused.reason == "ReluNorm2d does more than scale and shift: aten.relu"
     assert "extra_mappings" in refused.remedy
+    # Without a run, the probe finds it.
+    with pytest.raises(RefusedError, match="ReluNorm2d computes something else"):
+        fuse_modules(net, ["conv", "bn"])
 
 
 def test_case_31_an_activation_before_the_norm() -> None:

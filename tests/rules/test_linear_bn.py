@@ -8,7 +8,9 @@ from torch import nn
 
 from fusecli import fuse, fuse_modules
 from fusecli.errors import RefusedError
+from fusecli.outcome import Judgement
 from tests import nets
+from tests.equivalence.nets import judged
 from tests.rules.side_by_side import assert_exact, assert_hooks_run_once, assert_like_torch_ao, kinds
 
 
@@ -31,7 +33,10 @@ def test_layer_norm_is_refused() -> None:
 def test_channels_on_another_axis_never_pass() -> None:
     # [n, l, c] with l == c: BatchNorm1d normalises axis 1, the fold axis 2.
     net = nets.chain(linear=nn.Linear(5, 7), bn=nn.BatchNorm1d(7))
-    assert fuse(net, nets.images(4, 7, 5), groups=["linear", "bn"]).exit_code == 1
+    x = nets.images(4, 7, 5)
+    outcome = fuse(net, x, groups=["linear", "bn"])
+    assert (outcome.exit_code, [no.code for no in outcome.refused]) == (4, ["bn-axis"])
+    assert judged(net, ["linear", "bn"], x=x).judgement is Judgement.DIFFERENT
 
 
 @pytest.mark.parametrize("bias", [True, False])

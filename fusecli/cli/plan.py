@@ -1,0 +1,105 @@
+"""`fusecli plan`."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fusecli.cli import options
+from fusecli.cli.reports import Failed, Reports, finish, write_text
+from fusecli.cli.screen import dialogue
+from fusecli.errors import ExitCode, Problem, UsageError
+from fusecli.outcome import FileFacts, Outcome
+
+
+def plan(
+    checkpoint: options.Checkpoint,
+    model: options.Model = None,
+    inputs: options.Inputs = None,
+    spec: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--spec", "-s", help="A spec whose model, inputs, exclude and mappings are taken over."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="The spec to write. Default: it is printed."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
+    target: options.Target = None,
+    exclude: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--exclude", metavar="PATTERN", help="Leave what this pattern covers. Repeatable."),
+    ] = None,
+    allow_code: options.AllowCode = None,
+    allow_pickle: options.AllowPickle = False,
+    seed: options.Seed = None,
+    report: options.Report = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write the spec that fuses everything sound, by recording one run of the model.
+
+    fusecli plan model.pt --model net.py:Net --input 1x3x224x224 -o fuse.yaml
+    """
+    reports = Reports.parse(report or [], quiet, [checkpoint, spec, output])
+
+    if output is None and reports.takes_stdout:
+        raise UsageError(
+            Problem("the spec goes to stdout already", "--report", "give -o, or the report a path")
+        )
+
+    def work() -> Outcome:
+        from fusecli.spec.typed import spec_from_options
+
+        parsed = spec_from_options(
+            spec, model=model, inputs=inputs or (), target=target, exclude=exclude or ()
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from fusecli.consent import Consent
+            from fusecli.jobs.fuse import protected
+            from fusecli.jobs.plan import PlanRequest, plan_file
+
+            reports.spare(protected(parsed))
+            if output is not None:
+                _free(output, force, [checkpoint, *protected(parsed)])
+            folder = output.parent if output is not None else Path.cwd()
+            request = PlanRequest(checkpoint, parsed, folder, allow_pickle, seed)
+            with dialogue(quiet) as person:
+                consent = Consent.gather(options.trusted(allow_code, model), person.asker)
+                outcome, text = plan_file(request, consent, person.tick)
+        if output is not None:
+            return _written(outcome, text, checkpoint, output, consent.words)
+        reports.product.append(text)
+        return outcome
+
+    finish(Failed("plan", checkpoint, spec), reports, work)
+
+
+def _free(output: Path, force: bool, read: Sequence[Path]) -> None:
+    """Raises UsageError for a path that cannot be written: after the work it would be lost."""
+    if output.exists() and not force:
+        raise UsageError(Problem("exists already", str(output), "add --force, or choose another path"))
+    if any(output.resolve() == path.resolve() for path in read):
+        raise UsageError(Problem("is a file of the command itself", str(output), "choose another path"))
+    if not output.parent.is_dir():
+        raise UsageError(Problem("its folder does not exist", str(output), "create it first"))
+
+
+def _written(outcome: Outcome, text: str, checkpoint: Path, output: Path, allowed: Sequence[str]) -> Outcome:
+    write_text(output, text)
+    words = ["fusecli", "fuse", str(checkpoint), "--spec", str(output)]
+    # A spec does not get to run the code that it names, typed or not.
+    words += [word for name in allowed for word in ("--allow-code", name)]
+    command = shlex.join(words)
+    return replace(
+        outcome,
+        output=FileFacts(str(output), "YAML", len(text.encode())),
+        next_step=command if outcome.exit_code is ExitCode.OK else "",
+    )

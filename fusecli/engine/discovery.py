@@ -1,0 +1,197 @@
+"""Discovery: what feeds every norm of the model, and so what can be fused, or why it cannot.
+
+It only proposes; the plan decides, by the same audit as for a group that somebody has written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fusecli.engine.audit import Audit, Member
+from fusecli.engine.decisions import Decision, Group, Plan, Vocabulary
+from fusecli.engine.planning import plan
+from fusecli.errors import NotFoldable, require
+from fusecli.graph.dataflow import Call
+from fusecli.graph.kinds import LAYER_KINDS, NORM_KINDS, without_statistics
+from fusecli.graph.ops import BATCH_DEPENDENT, NORMS, SUMS
+from fusecli.graph.record import Run
+from fusecli.graph.sites import moved_from, weight_of
+from fusecli.outcome import Refusal, Unfused
+from fusecli.rewrite import ModuleTree
+
+Target = Literal["inference", "quant"]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the dataflow offers: a plan of sound groups, and every norm that is left, with the reason."""
+
+    plan: Plan = field(default_factory=Plan)
+    left: tuple[Unfused, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(decision.group for decision in self.plan.decisions)
+
+
+def discover(
+    tree: ModuleTree,
+    run: Run,
+    vocabulary: Vocabulary | None = None,
+    *,
+    taken: Collection[str] = (),
+    excluded: Callable[[str], bool] = lambda _: False,
+    target: Target = "inference",
+) -> Offer:
+    """What can be fused besides the modules in `taken`.
+
+    target  "inference": norms are folded, nothing else moves; "quant": a ReLU goes into a container too
+    """
+    vocabulary = vocabulary or Vocabulary()
+    search = _Search(Audit(run, tree, vocabulary), set(taken), excluded)
+    groups, left = search.pairs()
+    offered = plan(tree, groups, vocabulary, run)
+    if target == "quant":
+        offered = plan(tree, search.with_activations(offered.decisions), vocabulary, run)
+    for no in offered.refused:
+        left[no.group[-1]] = _unfused(search.audit.member(no.group[-1]), no)
+    fused = {path for decision in offered.decisions for path in decision.members}
+    named = [unfused for path, unfused in left.items() if path not in fused]
+    return Offer(replace(offered, refused=()), (*named, *search.functional()))
+
+
+@dataclass
+class _Search:
+    audit: Audit
+    taken: set[str]
+    excluded: Callable[[str], bool]
+
+    def pairs(self) -> tuple[list[Group], dict[str, Unfused]]:
+        """For every norm the layers that feed it, as groups; or why there are none."""
+        groups: list[Group] = []
+        left: dict[str, Unfused] = {}
+        for member in self._members():
+            if member.kind not in (*NORM_KINDS, "batch_dependent") or member.path in self.taken:
+                continue
+            try:
+                groups += self._groups(member)
+            except NotFoldable as no:
+                left[member.path] = Unfused(
+                    member.path, type(member.module).__name__, no.code, no.reason, no.evidence, no.remedy
+                )
+        return groups, left
+
+    def _members(self) -> Iterator[Member]:
+        seen: set[int] = set()
+        for path, module in self.audit.tree.modules.items():
+            if path and id(module) not in seen:
+                seen.add(id(module))
+                yield self.audit.member(path)
+
+    def _groups(self, norm: Member) -> Iterator[Group]:
+        path = norm.path
+        missing = without_statistics(norm.module)
+        require(missing is None, *(missing or ("no-statistics", "")))
+        require(not self.excluded(path), "excluded", "an exclude pattern of the spec covers it")
+        layers = {self._layer(path, site.entry): None for site in self.audit.norm_sites(norm)}
+        return (Group((layer, path)) for layer in layers)
+
+    def _layer(self, norm: str, value: int | None) -> str:
+        """The layer that gives `value`; raises NotFoldable where no layer does."""
+        assert value is not None
+        call = self._producer(value)
+        source = self.audit.source(value) if call is None else self.audit.recording.described(call)
+        owner = self._owner(call) if call is not None else None
+        require(
+            owner is not None,
+            "no-linear-producer",
+            f"what feeds it is no layer that it could be folded into: {source}",
+            evidence=(f"{norm} reads what comes from {source}",),
+        )
+        assert owner is not None
+        require(not self.excluded(owner), "excluded", f"an exclude pattern of the spec covers {owner}")
+        require(
+            owner not in self.taken,
+            "multiple-consumers",
+            f"{owner}, which feeds it, is in another group",
+            evidence=(f"{norm} reads what comes from {source}",),
+        )
+        return owner
+
+    def _producer(self, value: int) -> Call | None:
+        """The op that made `value`, moves and the addition of a constant bias left out."""
+        recording = self.audit.recording
+        while (call := recording.maker(value := moved_from(recording, value))) is not None:
+            flowing = [read for read in call.reads if not recording.values[read].constant]
+            if call.name not in SUMS or len(flowing) != 1:
+                return call
+            value = flowing[0]
+        return None
+
+    def _owner(self, call: Call) -> str | None:
+        """The layer whose weight the op applies; raises NotFoldable where the weight is made in the run."""
+        weight = weight_of(call)
+        if weight is None:
+            return None
+        origins = self.audit.recording.values[weight].origins
+        owners = {name.rpartition(".")[0] for name in origins}
+        known = [path for path in owners if path and self.audit.member(path).kind in LAYER_KINDS]
+        if len(owners) == 1 and known:
+            return known[0]
+        raise NotFoldable(
+            "derived-weight",
+            "the weight of the layer before it is computed in forward",
+            evidence=(self.audit.recording.described(call), *sorted(origins)[:3]),
+            remedy="store the weight it is computed to, as a plain parameter",
+        )
+
+    def with_activations(self, decisions: Collection[Decision]) -> list[Group]:
+        """The groups with the ReLU that follows each, and ReLUs that follow a layer or a norm alone."""
+        given: dict[int, tuple[str, ...]] = {}
+        fused = {path: decision.group.modules for decision in decisions for path in decision.members}
+        for member in self._members():
+            if member.kind in (*LAYER_KINDS, *NORM_KINDS) and member.path not in self.taken:
+                group = fused.get(member.path, (member.path,))
+                if group[-1] == member.path and not self.excluded(member.path):
+                    for visit in self.audit.recording.visits_of(member.path):
+                        given |= dict.fromkeys(visit.gives, group)
+        longer: dict[tuple[str, ...], Group] = {}
+        for member in self._members():
+            visits = self.audit.recording.visits_of(member.path) if member.kind == "relu" else []
+            sources = {given.get(visit.takes[0]) for visit in visits if visit.takes}
+            source = sources.pop() if len(sources) == 1 else None
+            if source is not None and source not in longer and not self.excluded(member.path):
+                longer[source] = Group((*source, member.path))
+        offered = plan(self.audit.tree, longer.values(), self.audit.vocabulary, self.audit.run)
+        taking = {
+            decision.group.modules[:-1]: decision.group for decision in offered.decisions if not decision.kept
+        }
+        plain = [decision.group for decision in decisions]
+        return [taking.pop(group.modules, group) for group in plain] + list(taking.values())
+
+    def functional(self) -> Iterator[Unfused]:
+        """Norms that are computed by a function call: no module can be taken out for them."""
+        audit = self.audit
+        for call in audit.recording.calls:
+            if (
+                not (call.name in NORMS or call.name in BATCH_DEPENDENT)
+                or not audit.recording.alive[call.number]
+            ):
+                continue
+            if audit.norm_around(call) is None:
+                place = audit.recording.inside(call)
+                kind = f"function {call.name.partition('.')[2]}"
+                yield Unfused(place or "(the model)", kind, *self._functional_reason(call))
+
+    def _functional_reason(self, call: Call) -> tuple[str, str]:
+        if call.name in BATCH_DEPENDENT:
+            return "batch-dependent", "it normalises by the statistics of each input"
+        if self.audit.recording.values[call.reads[0]].constant:
+            return "norm-on-weights", "it normalises weights, not activations"
+        return "functional-norm", "a function call computes it, there is no norm module to take out"
+
+
+def _unfused(member: Member, no: Refusal) -> Unfused:
+    return Unfused(member.path, type(member.module).__name__, no.code, no.reason, no.evidence, no.remedy)

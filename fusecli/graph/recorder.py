@@ -1,0 +1,388 @@
+"""Notes every op of a run below autograd: what it read, what it made, in which module it ran.
+
+Tensors are told apart by storage and layout, not by Python identity: a view, `y.data` and `y.detach()` are
+the memory they look at. The recorder keeps no tensor alive; memory that is alive when the run is over is
+read by somebody.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
+from fusecli.sample import tensors_in
+
+_Layout = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
+# Python reads the memory behind the back of every op.
+_ESCAPES = {
+    getattr(Tensor, name): f"Tensor.{name}"
+    for name in (
+        *("numpy", "__array__", "tolist", "data_ptr", "__dlpack__"),
+        *("storage", "untyped_storage", "__deepcopy__", "__reduce_ex__"),
+    )
+}
+_VIEWS = ("aten.view", "aten._unsafe_view", "aten.transpose", "aten.permute", "aten.squeeze", "aten.t")
+# What FakeTensors and tensor subclasses ask about themselves; nothing is read.
+_QUESTIONS = ("prim.", "aten.sym_", "aten.is_contiguous", "aten.is_same_size", "aten.is_pinned")
+
+
+@dataclass
+class _Memory:
+    """One storage: the value of each view of it since the last write, and of views that are out of date."""
+
+    watch: Any
+    latest: int
+    current: dict[_Layout, int] = field(default_factory=dict)
+    stale: dict[_Layout, int] = field(default_factory=dict)
+
+
+class Recorder(TorchDispatchMode):
+    """Records what runs inside `with recorder.watching(model):`."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, fake: bool) -> None:
+        super().__init__()
+        self._fake = fake
+        self._values: list[Value] = []
+        self._calls: list[Call] = []
+        self._visits: list[Visit] = []
+        self._stack: list[int] = []
+        self._memory: dict[Any, _Memory] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
+        self._owners: dict[Any, set[str]] = {}
+        self._written: set[str] = set()
+        self._given: set[Any] = set()
+        self._returned: set[Any] = set()
+        self._escaped = False
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Inside, everything that runs is recorded; the modules of `model` are known by name."""
+        paths: dict[int, list[str]] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for path, module in modules.items():
+            paths.setdefault(id(module), []).append(path)
+        self._names = {names[0]: tuple(names) for names in paths.values()}
+        self._know(model)
+        handles = [handle for names in paths.values() for handle in self._follow(modules[names[0]], names[0])]
+        try:
+            with _Escapes(self), self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def takes(self, inputs: Any) -> None:
+        """The tensors in `inputs` are what the model is called with."""
+        for number, tensor in enumerate(tensors_in(inputs)):
+            memory, _ = self._memory_of(tensor, f"input {number}", constant=False)
+            self._given.add(memory)
+
+    def returns(self, output: Any) -> None:
+        """The tensors in `output` are what the model returns."""
+        for tensor in tensors_in(output):
+            key, value = self._memory_of(tensor)
+            self._returned.add(key)
+            self._note(None, "the model's output", (), {}, (value,), ())
+
+    def outlives(self, model: nn.Module) -> None:
+        """Whatever memory of the run is alive now has a reader that no op shows: an activation kept on a
+        module or by a hook."""
+        if self._left_over():
+            gc.collect()
+        left = self._left_over()
+        kept = {
+            _key(tensor)[0]: f"kept after the run as {'.'.join(filter(None, [path, name]))}"
+            for path, module in (model.named_modules() if left else ())
+            for name, held in {**vars(module), **module._parameters, **module._buffers}.items()
+            if not name.startswith("_")
+            for tensor in tensors_in(held)
+        }
+        for key in left:
+            name = kept.get(key, "kept after the run by a hook or by something outside the model")
+            self._note(None, name, (), {}, (self._memory[key].latest,), ())
+        for key in self._given - self._returned:
+            latest = self._memory[key].latest
+            if self._values[latest].made_by is not None:
+                name = ", ".join(sorted(self._owners.get(key, ()))) or "a tensor that the model was given"
+                self._note(None, f"written to {name}", (), {}, (latest,), ())
+
+    def _left_over(self) -> list[Any]:
+        ours = self._given | self._returned
+        return [k for k, memory in self._memory.items() if k not in ours and not _expired(memory.watch)]
+
+    def recording(self, aliases: tuple[frozenset[str], ...] = ()) -> Recording:
+        """The run as a graph; `aliases` are names of the same memory in the model that was copied."""
+        return Recording(
+            tuple(self._values),
+            tuple(self._calls),
+            tuple(self._visits),
+            self._fake,
+            self._names,
+            frozenset(self._written),
+            aliases,
+        )
+
+    def escape(self, name: str, tensor: Tensor) -> None:
+        """Something outside torch reads this tensor."""
+        self._escaped = True
+        self._note(None, f"{name} in {self._place()}", (), {}, (self._memory_of(tensor)[1],), ())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _name(func)
+        if name.startswith(_QUESTIONS):
+            return func(*args, **kwargs)
+        # In inference mode composite ops, such as conv2d, arrive here whole.
+        if torch.is_inference_mode_enabled() and isinstance(func, OpOverload):
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        refs, named = tree_map_only(Tensor, lambda tensor: Ref(self._memory_of(tensor)[1]), (args, kwargs))
+        output = func(*args, **kwargs)
+        reads = tuple(leaf.value for leaf in tree_leaves((refs, named)) if isinstance(leaf, Ref))
+        self._write_down(func, name, refs, named, reads, _written(func, args, kwargs), output)
+        return output
+
+    def _write_down(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        reads: tuple[int, ...],
+        written: list[Tensor],
+        output: Any,
+    ) -> None:
+        constant = all(self._values[value].constant for value in reads) and not _random(func)
+        # An activation derives from everything before it: that would be long to tell, and nobody asks.
+        sources = (self._values[value].origins for value in reads)
+        origins = frozenset().union(*sources) if constant else frozenset()
+        number = len(self._calls)
+        made: list[int] = []
+        for tensor in written:
+            made.append(self._overwrite(tensor, number, constant, origins))
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        for tensor in outputs:
+            key, watch = _key(tensor)
+            memory = self._memory.get(key)
+            known = memory.current.get(_layout(tensor)) if memory is not None else None
+            # The very tensor under another name, such as y.detach(), is no step; a view back to a shape that
+            # was there before is one.
+            if known is not None and (known in made or name not in _VIEWS):
+                continue
+            value = self._value(tensor, number, "", constant, origins)
+            made.append(value)
+            if memory is None:
+                memory = self._memory[key] = _Memory(watch, value)
+            memory.current[_layout(tensor)] = value
+        if made or not outputs:
+            self._note(func, name, args, kwargs, reads, tuple(made))
+
+    def _overwrite(self, tensor: Tensor, number: int, constant: bool, origins: frozenset[str]) -> int:
+        key, _ = _key(tensor)
+        self._memory_of(tensor)
+        memory = self._memory[key]
+        constant = constant and self._values[memory.latest].constant
+        value = self._value(tensor, number, "", constant, origins)
+        memory.stale.update(memory.current)
+        memory.current = {_layout(tensor): value}
+        memory.latest = value
+        self._written |= self._owners.get(key, set())
+        return value
+
+    def _memory_of(self, tensor: Tensor, name: str = "", constant: bool | None = None) -> tuple[Any, int]:
+        """The key of the storage behind `tensor` and the value that it holds now."""
+        key, watch = _key(tensor)
+        layout = _layout(tensor)
+        memory = self._memory.get(key)
+        if memory is None:
+            # Made where no op shows it: before the run, or from what has left torch.
+            constant = not self._escaped if constant is None else constant
+            origins = frozenset([name]) if name and constant else frozenset()
+            value = self._value(tensor, None, name, constant, origins)
+            self._memory[key] = _Memory(watch, value, {layout: value})
+            return key, value
+        if layout not in memory.current:
+            memory.current[layout] = self._seen_again(tensor, layout, memory)
+        return key, memory.current[layout]
+
+    def _seen_again(self, tensor: Tensor, layout: _Layout, memory: _Memory) -> int:
+        """The value of a view that was made without an op, or that a write to another view has changed."""
+        reads = tuple(dict.fromkeys([*filter(None, [memory.stale.get(layout)]), memory.latest]))
+        source = self._values[memory.latest]
+        maker = self._calls[source.made_by].name if source.made_by is not None else "a view"
+        value = self._value(tensor, len(self._calls), "", source.constant, source.origins)
+        self._note(_SEEN_AGAIN, f"{maker} through another view", (), {}, reads, (value,))
+        return value
+
+    def _value(
+        self, tensor: Tensor, made_by: int | None, name: str, constant: bool, origins: frozenset[str]
+    ) -> int:
+        number = len(self._values)
+        self._values.append(
+            Value(number, tuple(tensor.shape), tensor.dtype, made_by, name, constant, origins)
+        )
+        return number
+
+    def _note(
+        self,
+        op: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        reads: tuple[int, ...],
+        makes: tuple[int, ...],
+    ) -> None:
+        self._calls.append(Call(len(self._calls), op, name, args, kwargs, reads, makes, tuple(self._stack)))
+
+    def _know(self, model: nn.Module) -> None:
+        """Names the parameters, buffers and other tensors of the model."""
+        for path, module in model.named_modules(remove_duplicate=False):
+            held = {**module._parameters, **module._buffers}
+            for name, tensor in {**vars(module), **held}.items():
+                if isinstance(tensor, Tensor):
+                    full = f"{path}.{name}" if path else name
+                    key, watch = _key(tensor)
+                    self._given.add(key)
+                    if name in held:
+                        self._owners.setdefault(key, set()).add(full)
+                    self._name_memory(key, watch, tensor, full)
+
+    def _name_memory(self, key: Any, watch: Any, tensor: Tensor, name: str) -> None:
+        memory, layout = self._memory.get(key), _layout(tensor)
+        if memory is None or layout not in memory.current:
+            value = self._value(tensor, None, name, True, frozenset([name]))
+            memory = self._memory.setdefault(key, _Memory(watch, value))
+            memory.current[layout] = value
+
+    def _follow(self, module: nn.Module, path: str) -> Iterator[Any]:
+        """Hooks around one module; those of the user run outside of them, as readers of what they watch."""
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            takes = tuple(self._memory_of(tensor)[1] for tensor in tensors_in((args, kwargs)))
+            number, begin = len(self._visits), len(self._calls)
+            parent = self._stack[-1] if self._stack else None
+            self._stack.append(number)
+            self._visits.append(Visit(number, path, parent, takes, (), range(begin, begin)))
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            number = self._stack.pop()
+            visit = self._visits[number]
+            gives = tuple(self._memory_of(tensor)[1] for tensor in tensors_in(output))
+            calls = range(visit.calls.start, len(self._calls))
+            self._visits[number] = replace(visit, gives=gives, calls=calls)
+
+        yield module.register_forward_pre_hook(enter, with_kwargs=True)
+        yield module.register_forward_hook(leave, prepend=True, always_call=True)
+
+    def _place(self) -> str:
+        return (self._visits[self._stack[-1]].path if self._stack else "") or "the model's forward"
+
+
+class _Escapes(TorchFunctionMode):
+    """Sees tensors leave torch: their memory is read where no op shows it."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _ESCAPES and args and isinstance(args[0], Tensor):
+            self._recorder.escape(_ESCAPES[func], args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_SEEN_AGAIN = object()
+
+
+def _key(tensor: Tensor) -> tuple[Any, Any]:
+    """What tells a storage from all others, also when its memory is used again, and a watch on its life."""
+    try:
+        with torch._C.DisableTorchFunction():  # a look at the storage is an escape, but not this one
+            watch = StorageWeakRef(tensor.untyped_storage())
+    except NotImplementedError:  # sparse and opaque tensors have none
+        return id(tensor), tensor
+    return watch.cdata, watch
+
+
+def same_memory(model: nn.Module) -> tuple[frozenset[str], ...]:
+    """Names of parameters and buffers that share memory, as Python objects or as views of one storage."""
+    spans: dict[Any, list[tuple[int, int, str]]] = {}
+    for name, tensor in chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        if is_lazy(tensor):
+            continue
+        offset, shape, strides, _ = _layout(tensor)
+        extent = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=False))
+        if tensor.numel():
+            spans.setdefault(_key(tensor)[0], []).append((offset, offset + extent, name))
+    return tuple(names for found in spans.values() for names in _overlapping(sorted(found)))
+
+
+def _overlapping(spans: list[tuple[int, int, str]]) -> Iterator[frozenset[str]]:
+    names: list[str] = []
+    end = -1
+    for first, last, name in spans:
+        if first > end:
+            if len(names) > 1:
+                yield frozenset(names)
+            names = []
+        names.append(name)
+        end = max(end, last)
+    if len(names) > 1:
+        yield frozenset(names)
+
+
+def _expired(watch: Any) -> bool:
+    return isinstance(watch, StorageWeakRef) and watch.expired()
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    try:
+        return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    except RuntimeError:  # sparse tensors have no strides
+        return 0, tuple(tensor.shape), (), tensor.dtype
+
+
+def _name(func: Any) -> str:
+    schema = getattr(func, "_schema", None)
+    return schema.name.replace("::", ".") if schema is not None else str(func)
+
+
+def _random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that an op writes to, by its schema."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+    return found

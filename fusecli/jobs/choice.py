@@ -1,0 +1,147 @@
+"""Which groups are fused: those of the spec, and what the dataflow offers; and an account of every norm."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fusecli.engine import Decision, Group, Offer, Vocabulary, discover, needed, plan
+from fusecli.errors import UsageError
+from fusecli.graph.kinds import norms, without_statistics
+from fusecli.graph.record import Run
+from fusecli.outcome import Refusal, Unfused
+from fusecli.rewrite import ModuleTree
+from fusecli.spec import Spec
+from fusecli.spec.names import NameTree
+
+# A norm that is left for one of these reasons could have been folded.
+FOLDABLE_LEFT = frozenset({"not-listed", "excluded", "held-back"})
+# These are no part of a percentage: nothing folds them, or nobody knows.
+_NEVER = frozenset({"batch-dependent", "no-statistics"})
+
+
+@dataclass
+class Choice:
+    """The groups of one fuse.
+
+    asked    the spec's own: if one of them is refused, nothing is done
+    offer    what the run shows besides; None where nothing was recorded
+    taking   whether the offer is taken, or only accounted for
+    dropped  groups that were left out on the way, and why
+    """
+
+    modules: Mapping[str, nn.Module]
+    asked: Sequence[Group]
+    offer: Offer | None = None
+    taking: bool = False
+    dropped: dict[tuple[str, ...], Refusal] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[Group]:
+        offered = self.offer.groups if self.offer is not None and self.taking else ()
+        return [group for group in (*self.asked, *offered) if group.modules not in self.dropped]
+
+    @property
+    def norms(self) -> list[str]:
+        """Every norm module of the model, by its first name."""
+        return [path for path, _ in norms(self.modules)]
+
+    @property
+    def names(self) -> list[str]:
+        """Every module of every group."""
+        return [path for group in self.groups for path in group.modules]
+
+    def drop(self, refused: Iterable[Refusal]) -> None:
+        self.dropped |= {refusal.group: refusal for refusal in refused}
+
+    def may_drop(self, refused: Iterable[Refusal]) -> bool:
+        """Whether nobody has asked for these groups: what was only discovered may turn out to be unsound."""
+        asked = {group.modules for group in self.asked}
+        return all(refusal.group not in asked for refusal in refused)
+
+    def unfused(
+        self, decisions: Iterable[Decision] = (), refused: Iterable[Refusal] = ()
+    ) -> tuple[Unfused, ...]:
+        """Every norm that stays in the model, and why."""
+        taken = {path for decision in decisions for path in decision.members}
+        return tuple(self._left(taken, list(refused)))
+
+    def _left(self, taken: Collection[str], refused: Sequence[Refusal]) -> Iterator[Unfused]:
+        blocked = {path: no for no in (*refused, *self.dropped.values()) for path in no.group}
+        held = {path for group in self.groups for path in group.modules}
+        offer = self.offer or Offer()
+        known = {unfused.module: unfused for unfused in offer.left if not unfused.functional}
+        offered = {path: group for group in offer.groups for path in group.modules}
+        for path, norm in norms(self.modules):
+            kind = type(norm).__name__
+            if path in taken:
+                continue
+            if path in blocked:
+                no = blocked[path]
+                yield Unfused(path, kind, no.code, no.reason, no.evidence, no.remedy)
+            elif path in held:
+                yield Unfused(path, kind, "held-back", "its group was not refused, but another one was")
+            elif path in known:
+                yield known[path]
+            elif path in offered:
+                group = ", ".join(offered[path].modules)
+                yield Unfused(
+                    path, kind, "not-listed", "no group of the spec names it", (), f"[{group}] would fold it"
+                )
+            else:
+                code, reason = without_statistics(norm) or ("not-listed", "no group of the spec names it")
+                yield Unfused(path, kind, code, reason)
+        yield from (unfused for unfused in offer.left if unfused.functional)
+
+
+def chosen(
+    spec: Spec,
+    tree: ModuleTree,
+    modules: Mapping[str, nn.Module],
+    asked: Sequence[Group],
+    run: Run | None,
+    vocabulary: Vocabulary,
+) -> Choice:
+    """The groups of the spec, and what the run offers besides. A model that does not run offers nothing."""
+    if run is None:
+        return Choice(modules, asked)
+    names = NameTree([path for path in tree.modules if path], spec.exclude)
+    listed = {path for group in asked for path in group.modules}
+    try:
+        offer = discover(tree, run, vocabulary, taken=listed, excluded=names.excluded, target=spec.target)
+    except UsageError:
+        if spec.discover:
+            raise
+        return Choice(modules, asked)
+    return Choice(modules, asked, offer, taking=spec.discover)
+
+
+def owned(
+    spec: Spec, apart: Run, roots: Sequence[str], asked: Sequence[Group], vocabulary: Vocabulary
+) -> list[str]:
+    """Which of the modules `roots`, which have copies of their own in the run `apart`, are in a group that is
+    sound there: the others stay tied."""
+    tree = ModuleTree(apart.structure)
+    choice = chosen(spec, tree, dict(apart.structure.named_modules()), asked, apart, vocabulary)
+    return needed(roots, plan(tree, choice.groups, vocabulary, apart).decisions)
+
+
+def shortfall(
+    unfused: Sequence[Unfused], folded: int, *, require_all: bool, min_folded: float | None
+) -> list[str]:
+    """What --require-all and --min-folded have to say about the norms that are left."""
+    problems = []
+    left = [norm.module for norm in unfused if norm.code in FOLDABLE_LEFT]
+    if require_all and left:
+        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        problems.append(f"--require-all: {len(left)} norms could be folded and are left: {names}")
+    countable = folded + sum(norm.code not in _NEVER for norm in unfused)
+    percent = 100.0 * folded / countable if countable else 100.0
+    if min_folded is not None and percent < min_folded:
+        problems.append(
+            f"--min-folded {min_folded:g}: {folded} of {countable} norms with running statistics are folded, "
+            f"{percent:.1f} %"
+        )
+    return problems

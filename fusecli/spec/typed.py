@@ -1,0 +1,103 @@
+"""A spec that is typed: a model and its inputs as options of a command, beside a file or without one."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusecli.errors import Problem, UsageError
+from fusecli.spec.load import read_spec, spec_from_mapping
+from fusecli.spec.model import Spec
+
+_CALL = re.compile(r"(?P<factory>[^()]+:[^()]+?)(?:\((?P<kwargs>.*)\))?", re.DOTALL)
+_INPUT = re.compile(
+    r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>[a-z]+\d*))?"
+    r"(?::(?P<low>[-+.\de]+?)\.\.(?P<high>[-+.\de]+))?"
+)
+_FILE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<file>.+\.safetensors):(?P<key>.+)")
+
+
+def spec_from_options(
+    path: Path | None,
+    *,
+    model: str | None = None,
+    inputs: Sequence[str] = (),
+    discover: bool = False,
+    target: str | None = None,
+    exclude: Sequence[str] = (),
+) -> Spec:
+    """The spec in the file at `path`, or an empty one, with what was typed in place of what it says.
+
+    model   "pkg.module:factory" or "net.py:Net(width=8)", relative to the working folder
+    inputs  "2x3x224x224", "2x16:int64:0..1000", "mask=2x16:bool", "samples.safetensors:images"
+
+    Raises UsageError for what is no model or no input.
+    """
+    typed: dict[str, Any] = {}
+    if model is not None:
+        typed["model"] = _model(model, absolute=path is not None)
+    if inputs:
+        typed["inputs"] = [_input(text) for text in inputs]
+    if discover:
+        typed["discover"] = True
+    if target is not None:
+        typed["target"] = target
+    if exclude:
+        typed["exclude"] = list(exclude)
+    given = spec_from_mapping(typed, where="the command line")
+    if path is None:
+        return given
+    return read_spec(path).model_copy(update={name: getattr(given, name) for name in typed})
+
+
+def _model(text: str, *, absolute: bool) -> dict[str, Any]:
+    found = _CALL.fullmatch(text.strip())
+    if found is None:
+        fix = "write pkg.module:factory, net.py:Net or net.py:Net(width=8)"
+        raise UsageError(Problem(f"'{text}' names no factory", "--model", fix))
+    source, _, name = found["factory"].rpartition(":")
+    if absolute and source.endswith(".py"):
+        source = str(Path(source).resolve())
+    return {"factory": f"{source}:{name}", "kwargs": _kwargs(found["kwargs"] or "", text)}
+
+
+def _kwargs(text: str, whole: str) -> dict[str, Any]:
+    """Literals only: nothing that is typed here is run."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("keyword arguments only")
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        fix = "write keyword arguments with plain values: net.py:Net(width=8, name='small')"
+        raise UsageError(
+            Problem(f"the arguments of '{whole}' cannot be read: {error}", "--model", fix)
+        ) from None
+
+
+def _input(text: str) -> dict[str, Any]:
+    if (read := _FILE.fullmatch(text)) is not None:
+        return _without_none(read.groupdict())
+    found = _INPUT.fullmatch(text)
+    if found is None:
+        fix = "write 2x3x224x224, 2x16:int64:0..1000, mask=2x16:bool or samples.safetensors:images"
+        raise UsageError(Problem(f"'{text}' describes no tensor", "--input", fix))
+    entry: dict[str, Any] = {"shape": [int(size) for size in found["shape"].split("x")]}
+    if found["low"] is not None:
+        entry["range"] = [_number(found["low"], text), _number(found["high"], text)]
+    return entry | _without_none({"dtype": found["dtype"], "name": found["name"]})
+
+
+def _number(text: str, whole: str) -> int | float:
+    try:
+        return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
+    except ValueError:
+        fix = "write low..high: 0..1000, -1.5..1.5"
+        raise UsageError(Problem(f"'{whole}' has no range", "--input", fix)) from None
+
+
+def _without_none(entries: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if value is not None}
