@@ -34,10 +34,10 @@ from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import chosen, owned
 from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold, weight_range
-from fusecli.jobs.fuse import STATUS, recorded
 from fusecli.jobs.plan import listing
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.source import Source, vocabulary_of
+from fusecli.jobs.verdicts import STATUS, recorded
 from fusecli.outcome import Judgement, LedgerEntry, Outcome, Proposal, Verdict
 from fusecli.rewrite import Bias, ModuleTree, Rewrite, apply_rewrite
 from fusecli.sample import Sample

@@ -27,6 +27,15 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A module of a group, its path and its kind (fusecli.graph.kinds)."""
+
+    path: str
+    module: nn.Module
+    kind: str
+
+
+@dataclass(frozen=True)
 class CustomFuser:
     """A user's function for one exact sequence of classes, called as (is_qat, *modules), as by torch.ao."""
 

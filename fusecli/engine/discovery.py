@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fusecli.engine.audit import Audit, Member
-from fusecli.engine.decisions import Decision, Group, Plan, Vocabulary
+from fusecli.engine.audit import Audit
+from fusecli.engine.decisions import Decision, Group, Member, Plan, Vocabulary
+from fusecli.engine.inside import norm_at_work
 from fusecli.engine.planning import plan
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call
@@ -95,7 +96,7 @@ class _Search:
         missing = without_statistics(norm.module)
         require(missing is None, *(missing or ("no-statistics", "")))
         require(not self.excluded(path), "excluded", "an exclude pattern of the spec covers it")
-        layers = {self._layer(path, site.entry): None for site in self.audit.norm_sites(norm)}
+        layers = {self._layer(path, site.entry): None for site in norm_at_work(self.audit.recording, norm)}
         return (Group((layer, path)) for layer in layers)
 
     def _layer(self, norm: str, value: int | None) -> str:

@@ -10,8 +10,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from fusecli.engine.audit import Audit, Found, Member
-from fusecli.engine.decisions import Decision, Group, Modules, Plan, Vocabulary, refusal
+from fusecli.engine.audit import Audit, Found
+from fusecli.engine.decisions import Decision, Group, Member, Modules, Plan, Vocabulary, refusal
 from fusecli.engine.fusers import opaque
 from fusecli.engine.uses import Uses
 from fusecli.errors import NotFoldable, Problem, UsageError, require

@@ -192,3 +192,8 @@ class Recording:
             return call.name
         place = self.inside(call)
         return f"{call.name} in {place}" if place else f"{call.name} in the model's forward"
+
+
+def described(recording: Recording, calls: Iterable[Call]) -> tuple[str, ...]:
+    """The calls for evidence, each once."""
+    return tuple(dict.fromkeys(recording.described(call) for call in calls))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,20 +28,12 @@ from fusecli.jobs.fold import (
     write_fold,
 )
 from fusecli.jobs.inputs import entries_of, samples_of
-from fusecli.jobs.proof import Proof, prove_alone, prove_with_model, reported
-from fusecli.jobs.source import Source, folder_of, module_names, planted, source_of
-from fusecli.outcome import Evidence, Judgement, LedgerEntry, Outcome, Refusal, Unfused, Verdict
+from fusecli.jobs.proof import Tick, reported
+from fusecli.jobs.source import Source, folder_of, groups_of, module_names, planted, source_of
+from fusecli.jobs.verdicts import STATUS, failures, judged, recorded, strictly
+from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused, Verdict
 from fusecli.rewrite import MANIFEST_KEY, ModuleTree
 from fusecli.spec import Spec
-from fusecli.spec.groups import GroupSpec
-from fusecli.spec.wildcards import bind_groups
-
-Tick = Callable[[str], None]
-STATUS = {
-    Judgement.EQUIVALENT: ("fused", ExitCode.OK),
-    Judgement.DIFFERENT: ("different", ExitCode.DIFFERENT),
-    Judgement.INCONCLUSIVE: ("inconclusive", ExitCode.INCONCLUSIVE),
-}
 
 
 @dataclass(frozen=True)
@@ -324,68 +316,6 @@ class _Job:
     def _missed(self, unfused: Sequence[Unfused]) -> list[str]:
         request = self.request
         return shortfall(unfused, 0, require_all=request.require_all, min_folded=request.min_folded)
-
-
-def recorded(run: Run | None) -> str:
-    """How the graph was recorded, for the report."""
-    if run is None or "recording" not in vars(run):
-        return ""
-    recording = run.recording
-    kind = "fake tensors (shapes, no numbers)" if recording.fake else "real tensors"
-    return f"{len(recording.calls):,} op calls of one forward, on {kind}"
-
-
-def failures(fold: Fold, checks: Sequence[GroupCheck]) -> list[Refusal]:
-    """The groups that the proof has found different, as what --keep-going leaves out."""
-    return [
-        Refusal(decision.group.modules, "dropped", f"it failed verification: {check.why}", decision.rule)
-        for decision, check in zip(fold.decisions, checks, strict=True)
-        if check.judgement is Judgement.DIFFERENT
-    ]
-
-
-def groups_of(spec: Spec, names: Sequence[str], optional_from: int | None = None) -> list[Group]:
-    """The spec's groups bound to names; raises UsageError with all problems."""
-    bound = bind_groups(spec, names, optional_from=optional_from, shared_last=optional_from is None)
-    return [Group(group.modules, group.where, _hints(group.spec)) for group in bound]
-
-
-def _hints(group: GroupSpec) -> dict[str, Any]:
-    return {name: getattr(group, name) for name in ("kind", "groups", "stride", "eps")}
-
-
-def judged(
-    fold: Fold,
-    artifact: Checkpoint,
-    spec: Spec | None,
-    consent: Consent,
-    tick: Tick,
-    seed: int | None,
-    samples: int | None,
-) -> tuple[Verdict, Any]:
-    """The proof that the source allows: by running the model, or group by group."""
-    asked = spec.verify if spec is not None else None
-    seed = seed if seed is not None else asked.seed if asked else 0
-    if fold.source.build is None or spec is None:
-        return prove_alone(fold, artifact, Proof((), seed, consent, tick))
-    count = samples if samples is not None else spec.verify.samples
-    return prove_with_model(fold, artifact, Proof(samples_of(spec, seed, count), seed, consent, tick))
-
-
-def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:
-    """With --strict, what is only claimed, assumed or lost makes a right fold inconclusive."""
-    if not strict or verdict.judgement is not Judgement.EQUIVALENT:
-        return verdict
-    doubts = [
-        f"--strict: {e.where}: {e.what}"
-        for e in outcome.ledger
-        if e.kind in ("hook", "assumed", "statistics")
-    ]
-    if any(group.evidence is Evidence.CLAIMED for group in outcome.groups):
-        doubts.append("--strict: the groups are claimed by the spec, no run of the model has shown them")
-    if not doubts:
-        return verdict
-    return replace(verdict, judgement=Judgement.INCONCLUSIVE, reasons=(*verdict.reasons, *doubts))
 
 
 def verify_command(request: FuseRequest, target: Path, allowed: Iterable[str]) -> str:

@@ -19,9 +19,9 @@ from fusecli.jobs import facts
 from fusecli.jobs.choice import chosen
 from fusecli.jobs.entries import entries
 from fusecli.jobs.fold import Refused, apply_to_skeleton, group_reports, plan_fold, try_fold
-from fusecli.jobs.fuse import recorded
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.source import folder_of, source_of
+from fusecli.jobs.verdicts import recorded
 from fusecli.outcome import Outcome, Unfused
 from fusecli.plain import visible
 from fusecli.rewrite import ModuleTree

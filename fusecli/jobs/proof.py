@@ -28,6 +28,8 @@ from fusecli.outcome import GroupReport, Judgement, Verdict
 from fusecli.rewrite import ModuleTree
 from fusecli.sample import Sample
 
+Tick = Callable[[str], None]
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -36,7 +38,7 @@ class Proof:
     samples: Sequence[Sample]
     seed: int
     consent: Consent
-    tick: Callable[[str], None]
+    tick: Tick
 
 
 def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict, list[GroupCheck]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
 from fusecli.outcome import LedgerEntry
 from fusecli.rewrite import ModuleTree, plant
 from fusecli.spec import Spec
+from fusecli.spec.groups import GroupSpec
+from fusecli.spec.wildcards import bind_groups
 
 
 @dataclass
@@ -222,3 +224,13 @@ def _by_module(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[tuple[int, .
 def module_names(checkpoint: Checkpoint) -> list[str]:
     """The modules that hold tensors, in the order of the file."""
     return [path for path in _by_module(checkpoint) if path]
+
+
+def groups_of(spec: Spec, names: Sequence[str], optional_from: int | None = None) -> list[Group]:
+    """The spec's groups bound to names; raises UsageError with all problems."""
+    bound = bind_groups(spec, names, optional_from=optional_from, shared_last=optional_from is None)
+    return [Group(group.modules, group.where, _hints(group.spec)) for group in bound]
+
+
+def _hints(group: GroupSpec) -> dict[str, Any]:
+    return {name: getattr(group, name) for name in ("kind", "groups", "stride", "eps")}

@@ -21,10 +21,10 @@ from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import chosen
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold
-from fusecli.jobs.fuse import judged, recorded, strictly
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, planted, source_of
+from fusecli.jobs.verdicts import judged, recorded, strictly
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
 from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, ModuleTree, Opaque, Own, Remainder
 from fusecli.spec import Spec
