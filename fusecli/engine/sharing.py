@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fusecli.engine.decisions import Decision, Modules, Vocabulary
 from fusecli.graph.kinds import FOLDABLE
-from fusecli.graph.recorder import same_memory
+from fusecli.graph.memory import same_memory
 from fusecli.rewrite import ModuleTree, Own, Rewrite
 
 

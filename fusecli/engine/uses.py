@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fusecli.errors import require
-from fusecli.graph.recorder import same_memory
+from fusecli.graph.memory import same_memory
 from fusecli.rewrite import ModuleTree
 
 

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.materialise import duplicate
-from fusecli.graph.recorder import Recorder, same_memory
+from fusecli.graph.memory import same_memory
+from fusecli.graph.recorder import Recorder
 from fusecli.sample import Sample, mapped, seeded
 
 

@@ -10,44 +10,23 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
+from fusecli.graph.escapes import Escapes
+from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of
 from fusecli.sample import tensors_in
 
-_Layout = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
-# Python reads the memory behind the back of every op.
-_ESCAPES = {
-    getattr(Tensor, name): f"Tensor.{name}"
-    for name in (
-        *("numpy", "__array__", "tolist", "data_ptr", "__dlpack__"),
-        *("storage", "untyped_storage", "__deepcopy__", "__reduce_ex__"),
-    )
-}
 _VIEWS = ("aten.view", "aten._unsafe_view", "aten.transpose", "aten.permute", "aten.squeeze", "aten.t")
 # What FakeTensors and tensor subclasses ask about themselves; nothing is read.
 _QUESTIONS = ("prim.", "aten.sym_", "aten.is_contiguous", "aten.is_same_size", "aten.is_pinned")
-
-
-@dataclass
-class _Memory:
-    """One storage: the value of each view of it since the last write, and of views that are out of date."""
-
-    watch: Any
-    latest: int
-    current: dict[_Layout, int] = field(default_factory=dict)
-    stale: dict[_Layout, int] = field(default_factory=dict)
 
 
 class Recorder(TorchDispatchMode):
@@ -62,7 +41,7 @@ class Recorder(TorchDispatchMode):
         self._calls: list[Call] = []
         self._visits: list[Visit] = []
         self._stack: list[int] = []
-        self._memory: dict[Any, _Memory] = {}
+        self._memory: dict[Any, Memory] = {}
         self._names: dict[str, tuple[str, ...]] = {}
         self._owners: dict[Any, set[str]] = {}
         self._written: set[str] = set()
@@ -81,7 +60,7 @@ class Recorder(TorchDispatchMode):
         self._know(model)
         handles = [handle for names in paths.values() for handle in self._follow(modules[names[0]], names[0])]
         try:
-            with _Escapes(self), self:
+            with Escapes(self._escape), self:
                 yield
         finally:
             for handle in handles:
@@ -107,7 +86,7 @@ class Recorder(TorchDispatchMode):
             gc.collect()
         left = self._left_over()
         kept = {
-            _key(tensor)[0]: f"kept after the run as {'.'.join(filter(None, [path, name]))}"
+            key_of(tensor)[0]: f"kept after the run as {'.'.join(filter(None, [path, name]))}"
             for path, module in (model.named_modules() if left else ())
             for name, held in {**vars(module), **module._parameters, **module._buffers}.items()
             if not name.startswith("_")
@@ -124,7 +103,7 @@ class Recorder(TorchDispatchMode):
 
     def _left_over(self) -> list[Any]:
         ours = self._given | self._returned
-        return [k for k, memory in self._memory.items() if k not in ours and not _expired(memory.watch)]
+        return [k for k, memory in self._memory.items() if k not in ours and not expired(memory.watch)]
 
     def recording(self, aliases: tuple[frozenset[str], ...] = ()) -> Recording:
         """The run as a graph; `aliases` are names of the same memory in the model that was copied."""
@@ -138,7 +117,7 @@ class Recorder(TorchDispatchMode):
             aliases,
         )
 
-    def escape(self, name: str, tensor: Tensor) -> None:
+    def _escape(self, name: str, tensor: Tensor) -> None:
         """Something outside torch reads this tensor."""
         self._escaped = True
         self._note(None, f"{name} in {self._place()}", (), {}, (self._memory_of(tensor)[1],), ())
@@ -182,9 +161,9 @@ class Recorder(TorchDispatchMode):
             made.append(self._overwrite(tensor, number, constant, origins))
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for tensor in outputs:
-            key, watch = _key(tensor)
+            key, watch = key_of(tensor)
             memory = self._memory.get(key)
-            known = memory.current.get(_layout(tensor)) if memory is not None else None
+            known = memory.current.get(layout_of(tensor)) if memory is not None else None
             # The very tensor under another name, such as y.detach(), is no step; a view back to a shape that
             # was there before is one.
             if known is not None and (known in made or name not in _VIEWS):
@@ -192,40 +171,40 @@ class Recorder(TorchDispatchMode):
             value = self._value(tensor, number, "", constant, origins)
             made.append(value)
             if memory is None:
-                memory = self._memory[key] = _Memory(watch, value)
-            memory.current[_layout(tensor)] = value
+                memory = self._memory[key] = Memory(watch, value)
+            memory.current[layout_of(tensor)] = value
         if made or not outputs:
             self._note(func, name, args, kwargs, reads, tuple(made))
 
     def _overwrite(self, tensor: Tensor, number: int, constant: bool, origins: frozenset[str]) -> int:
-        key, _ = _key(tensor)
+        key, _ = key_of(tensor)
         self._memory_of(tensor)
         memory = self._memory[key]
         constant = constant and self._values[memory.latest].constant
         value = self._value(tensor, number, "", constant, origins)
         memory.stale.update(memory.current)
-        memory.current = {_layout(tensor): value}
+        memory.current = {layout_of(tensor): value}
         memory.latest = value
         self._written |= self._owners.get(key, set())
         return value
 
     def _memory_of(self, tensor: Tensor, name: str = "", constant: bool | None = None) -> tuple[Any, int]:
         """The key of the storage behind `tensor` and the value that it holds now."""
-        key, watch = _key(tensor)
-        layout = _layout(tensor)
+        key, watch = key_of(tensor)
+        layout = layout_of(tensor)
         memory = self._memory.get(key)
         if memory is None:
             # Made where no op shows it: before the run, or from what has left torch.
             constant = not self._escaped if constant is None else constant
             origins = frozenset([name]) if name and constant else frozenset()
             value = self._value(tensor, None, name, constant, origins)
-            self._memory[key] = _Memory(watch, value, {layout: value})
+            self._memory[key] = Memory(watch, value, {layout: value})
             return key, value
         if layout not in memory.current:
             memory.current[layout] = self._seen_again(tensor, layout, memory)
         return key, memory.current[layout]
 
-    def _seen_again(self, tensor: Tensor, layout: _Layout, memory: _Memory) -> int:
+    def _seen_again(self, tensor: Tensor, layout: Layout, memory: Memory) -> int:
         """The value of a view that was made without an op, or that a write to another view has changed."""
         reads = tuple(dict.fromkeys([*filter(None, [memory.stale.get(layout)]), memory.latest]))
         source = self._values[memory.latest]
@@ -261,17 +240,17 @@ class Recorder(TorchDispatchMode):
             for name, tensor in {**vars(module), **held}.items():
                 if isinstance(tensor, Tensor):
                     full = f"{path}.{name}" if path else name
-                    key, watch = _key(tensor)
+                    key, watch = key_of(tensor)
                     self._given.add(key)
                     if name in held:
                         self._owners.setdefault(key, set()).add(full)
                     self._name_memory(key, watch, tensor, full)
 
     def _name_memory(self, key: Any, watch: Any, tensor: Tensor, name: str) -> None:
-        memory, layout = self._memory.get(key), _layout(tensor)
+        memory, layout = self._memory.get(key), layout_of(tensor)
         if memory is None or layout not in memory.current:
             value = self._value(tensor, None, name, True, frozenset([name]))
-            memory = self._memory.setdefault(key, _Memory(watch, value))
+            memory = self._memory.setdefault(key, Memory(watch, value))
             memory.current[layout] = value
 
     def _follow(self, module: nn.Module, path: str) -> Iterator[Any]:
@@ -298,72 +277,7 @@ class Recorder(TorchDispatchMode):
         return (self._visits[self._stack[-1]].path if self._stack else "") or "the model's forward"
 
 
-class _Escapes(TorchFunctionMode):
-    """Sees tensors leave torch: their memory is read where no op shows it."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _ESCAPES and args and isinstance(args[0], Tensor):
-            self._recorder.escape(_ESCAPES[func], args[0])
-        return func(*args, **(kwargs or {}))
-
-
 _SEEN_AGAIN = object()
-
-
-def _key(tensor: Tensor) -> tuple[Any, Any]:
-    """What tells a storage from all others, also when its memory is used again, and a watch on its life."""
-    try:
-        with torch._C.DisableTorchFunction():  # a look at the storage is an escape, but not this one
-            watch = StorageWeakRef(tensor.untyped_storage())
-    except NotImplementedError:  # sparse and opaque tensors have none
-        return id(tensor), tensor
-    return watch.cdata, watch
-
-
-def same_memory(model: nn.Module) -> tuple[frozenset[str], ...]:
-    """Names of parameters and buffers that share memory, as Python objects or as views of one storage."""
-    spans: dict[Any, list[tuple[int, int, str]]] = {}
-    for name, tensor in chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    ):
-        if is_lazy(tensor):
-            continue
-        offset, shape, strides, _ = _layout(tensor)
-        extent = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=False))
-        if tensor.numel():
-            spans.setdefault(_key(tensor)[0], []).append((offset, offset + extent, name))
-    return tuple(names for found in spans.values() for names in _overlapping(sorted(found)))
-
-
-def _overlapping(spans: list[tuple[int, int, str]]) -> Iterator[frozenset[str]]:
-    names: list[str] = []
-    end = -1
-    for first, last, name in spans:
-        if first > end:
-            if len(names) > 1:
-                yield frozenset(names)
-            names = []
-        names.append(name)
-        end = max(end, last)
-    if len(names) > 1:
-        yield frozenset(names)
-
-
-def _expired(watch: Any) -> bool:
-    return isinstance(watch, StorageWeakRef) and watch.expired()
-
-
-def _layout(tensor: Tensor) -> _Layout:
-    try:
-        return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
-    except RuntimeError:  # sparse tensors have no strides
-        return 0, tuple(tensor.shape), (), tensor.dtype
 
 
 def _name(func: Any) -> str:

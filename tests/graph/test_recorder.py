@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fusecli.graph.recorder import same_memory
+from fusecli.graph.memory import same_memory
 from fusecli.graph.sites import layer_sites, strangers
 from tests import nets
 from tests.graph.conftest import both, folds, left, readers, recorded
