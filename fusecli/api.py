@@ -19,9 +19,9 @@ from fusecli.engine import (
     Group,
     Vocabulary,
     compute_all,
+    needed,
     replaced,
     separate,
-    shared_roots,
 )
 from fusecli.engine import plan as planned_groups
 from fusecli.equivalence.foreign import judge_foreign
@@ -32,7 +32,7 @@ from fusecli.errors import ExitCode, Problem, RefusedError, UsageError
 from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
-from fusecli.jobs.choice import chosen, owned
+from fusecli.jobs.choice import looked, settled
 from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold, weight_range
 from fusecli.jobs.plan import listing
 from fusecli.jobs.proof import float64_fold, reported
@@ -118,12 +118,17 @@ def fuse(
     asked = [
         Group(g.modules, g.where) for g in bind_groups(read, _names(ModuleTree(model)), shared_last=True)
     ]
-    if read.shared == "clone":
-        model = _apart(model, read, source, asked, sample)
+    given = model
+    model, run, choice = looked(
+        read,
+        source,
+        lambda: _apart(given, source.owns),
+        lambda: duplicate(_apart(given, source.owns)),
+        sample,
+        asked,
+        fakes=False,
+    )
     tree = ModuleTree(model)
-    run = Run(model, sample, lambda: duplicate(model))
-    modules = dict(model.named_modules())
-    choice = chosen(read, tree, modules, asked, run, source.vocabulary)
     before = Outcome(
         "fuse",
         "refused",
@@ -133,19 +138,15 @@ def fuse(
         environment=facts.environment(),
         recording=recorded(run),
     )
-    while True:
-        try:
-            fold, rewrites = _folded(source, model, choice.groups, run)
-            break
-        except Refused as no:
-            if not choice.may_drop(no.refused):
-                return replace(
-                    before,
-                    refused=no.refused,
-                    unfused=choice.unfused((), no.refused),
-                    ledger=tuple(facts.statistics_ledger(source.checkpoint, choice.names)),
-                )
-            choice.drop(no.refused)
+    try:
+        fold = settled(source, model, choice, run, lambda fold: _require_folds(tree, fold))
+    except Refused as no:
+        return replace(
+            before,
+            refused=no.refused,
+            unfused=choice.unfused((), no.refused),
+            ledger=tuple(facts.statistics_ledger(source.checkpoint, choice.names)),
+        )
     if not fold.decisions:
         why = "every group is fused already" if fold.done else "no groups were given"
         return replace(
@@ -156,6 +157,7 @@ def fuse(
             problems=("the dataflow offers nothing to fold" if read.discover else why,),
             model=_copy(model),
         )
+    rewrites, _ = compute_all(tree, fold.decisions)
     for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
         fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
     fused, lost = _applied(model, fold.decisions, rewrites, inplace=False)
@@ -174,6 +176,7 @@ def fuse(
         ledger=(
             *_train_mode(model),
             *facts.statistics_ledger(source.checkpoint, fold.members),
+            *facts.own_ledger(needed(source.owns, fold.decisions)),
             *_new_biases(tree, rewrites),
             *lost,
         ),
@@ -182,28 +185,20 @@ def fuse(
     )
 
 
-def _apart(model: nn.Module, spec: Spec, source: Source, asked: Sequence[Group], sample: Sample) -> nn.Module:
-    """The model, or a copy in which what can be folded once it is no longer shared has a copy of its own."""
-
-    def separated() -> nn.Module:
-        apart = duplicate(model)
-        separate(ModuleTree(apart), source.owns)
-        return apart
-
-    source.owns = shared_roots(ModuleTree(model), source.vocabulary)
-    if source.owns:
-        run = Run(separated(), sample, separated)
-        source.owns = owned(spec, run, source.owns, asked, source.vocabulary)
-    return separated() if source.owns else model
+def _apart(model: nn.Module, roots: Sequence[str]) -> nn.Module:
+    """The model itself, or a copy in which these modules share nothing with other names."""
+    if not roots:
+        return model
+    apart = duplicate(model)
+    separate(ModuleTree(apart), roots)
+    return apart
 
 
-def _folded(source: Source, model: nn.Module, groups: list[Group], run: Run) -> tuple[Fold, list[Rewrite]]:
-    """The plan and its rewrites; raises Refused with all the groups that cannot be fused."""
-    fold = plan_fold(source, model, groups, run)
-    rewrites, refused = compute_all(ModuleTree(model), fold.decisions)
+def _require_folds(tree: ModuleTree, fold: Fold) -> None:
+    """Raises Refused with the groups whose numbers forbid the fold."""
+    _, refused = compute_all(tree, fold.decisions)
     if refused:
         raise Refused(refused)
-    return fold, rewrites
 
 
 def plan(
@@ -220,15 +215,12 @@ def plan(
         {"discover": True, "target": target, "exclude": list(exclude)}, where="fusecli.plan"
     )
     tree = ModuleTree(model)
-    run = Run(model, Sample.of(inputs), lambda: duplicate(model))
-    choice = chosen(read, tree, dict(model.named_modules()), (), run, Vocabulary())
+    bind_groups(read, _names(tree))  # there are none; an exclude that matches nothing is a slip
     source = Source(_in_memory(model), lambda: duplicate(model))
-    while True:
-        try:
-            fold, _ = _folded(source, model, choice.groups, run)
-            break
-        except Refused as no:
-            choice.drop(no.refused)
+    model, run, choice = looked(
+        read, source, lambda: model, lambda: duplicate(model), Sample.of(inputs), (), fakes=False
+    )
+    fold = settled(source, model, choice, run, lambda fold: _require_folds(tree, fold))
     groups, unfused = choice.groups, choice.unfused(fold.decisions)
     text = listing(groups, unfused, _names(tree))
     return Proposal(tuple(group.modules for group in groups), unfused, text, recorded(run))
@@ -245,9 +237,10 @@ def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0)
     names = ModuleTree(fused).fused_groups
     if not names:
         return judge_foreign(_copy(original), _copy(fused), sample, seed)
+    original = _apart(original, ModuleTree(fused).own_copies)
     source = Source(_in_memory(original), lambda: duplicate(original))
     try:
-        run = Run(original, sample, lambda: duplicate(original))
+        run = Run(original, sample, lambda: duplicate(original), fakes=False)
         fold = plan_fold(source, original, [Group(tuple(modules)) for modules in names], run)
         verdict, checks = _judged(original, fused, fold, sample, seed)
     except (Refused, RefusedError, KeyError) as no:

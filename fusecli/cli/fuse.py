@@ -109,6 +109,7 @@ def fuse(
                 require_all=require_all,
                 min_folded=min_folded,
                 typed=tuple(options.typed_words(model, inputs)),
+                trusted=tuple(options.trusted(None, model)),
             )
             with dialogue(quiet) as person:
                 consent = Consent.gather(options.trusted(allow_code, model), person.asker)

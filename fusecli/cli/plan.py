@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -16,6 +16,9 @@ from fusecli.cli.reports import Failed, Reports, finish, write_text
 from fusecli.cli.screen import dialogue
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.outcome import FileFacts, Outcome
+
+if TYPE_CHECKING:
+    from fusecli.jobs.plan import PlanRequest
 
 
 def plan(
@@ -75,7 +78,7 @@ def plan(
                 consent = Consent.gather(options.trusted(allow_code, model), person.asker)
                 outcome, text = plan_file(request, consent, person.tick)
         if output is not None:
-            return _written(outcome, text, checkpoint, output, consent.words)
+            return _written(outcome, text, request, output, consent.words)
         reports.product.append(text)
         return outcome
 
@@ -84,19 +87,24 @@ def plan(
 
 def _free(output: Path, force: bool, read: Sequence[Path]) -> None:
     """Raises UsageError for a path that cannot be written: after the work it would be lost."""
-    if output.exists() and not force:
-        raise UsageError(Problem("exists already", str(output), "add --force, or choose another path"))
     if any(output.resolve() == path.resolve() for path in read):
         raise UsageError(Problem("is a file of the command itself", str(output), "choose another path"))
+    if output.is_dir():
+        raise UsageError(Problem("is a folder", str(output), "give a file name inside it"))
+    if output.exists() and not force:
+        raise UsageError(Problem("exists already", str(output), "add --force, or choose another path"))
     if not output.parent.is_dir():
         raise UsageError(Problem("its folder does not exist", str(output), "create it first"))
 
 
-def _written(outcome: Outcome, text: str, checkpoint: Path, output: Path, allowed: Sequence[str]) -> Outcome:
+def _written(
+    outcome: Outcome, text: str, request: PlanRequest, output: Path, allowed: Sequence[str]
+) -> Outcome:
     write_text(output, text)
-    words = ["fusecli", "fuse", str(checkpoint), "--spec", str(output)]
+    words = ["fusecli", "fuse", str(request.checkpoint), "--spec", str(output)]
     # A spec does not get to run the code that it names, typed or not.
-    words += [word for name in allowed for word in ("--allow-code", name)]
+    words += [word for name in dict.fromkeys(allowed) for word in ("--allow-code", name)]
+    words += ["--allow-pickle"] if request.allow_pickle else []
     command = shlex.join(words)
     return replace(
         outcome,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fusecli.engine.channels import same_channels
 from fusecli.engine.decisions import Group, Member, Vocabulary
@@ -15,7 +16,7 @@ from fusecli.engine.inside import layer_at_work, norm_at_work
 from fusecli.equivalence.groups import Pass
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, Recording, described
-from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS
+from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_exact
 from fusecli.graph.lift import linear_op, require_fixed
 from fusecli.graph.ops import MOVES
 from fusecli.graph.record import Run
@@ -24,6 +25,7 @@ from fusecli.graph.sites import (
     module_sites,
     next_step,
     reads_through,
+    strangers,
 )
 from fusecli.rewrite import ModuleTree
 
@@ -55,12 +57,26 @@ class Audit:
     def __post_init__(self) -> None:
         self.recording: Recording = self.run.recording
 
+    @cached_property
+    def _unbiased(self) -> list[str]:
+        """Layers without a bias whose class is not known: would they add one?"""
+        return [
+            path
+            for path in self.recording.names
+            if path
+            and self.recording.visits_of(path)
+            and self.member(path).kind in LAYER_KINDS
+            and not is_exact(self.tree[path])
+            and self.tree[path]._parameters.get("bias") is None
+        ]
+
     def member(self, path: str) -> Member:
         return Member(path, self.tree[path], self.vocabulary.kind(self.tree[path]))
 
     def ran(self, group: Group) -> bool:
-        """Whether the run called any module of the group: of one that did not run, nothing is known."""
-        return any(self.recording.visits_of(path) for path in group.modules)
+        """Whether the run used any module of the group: of one that did not run, nothing is known."""
+        recording = self.recording
+        return any(recording.visits_of(path) or strangers(recording, path) for path in group.modules)
 
     def start(self, path: str) -> int:
         """When a module was called first: groups are listed in the order of the run."""
@@ -82,6 +98,7 @@ class Audit:
             following = self._sites(member, custom)
             reached = self._linked(before, sites, member, following, first.path)
             if not custom and before is first:
+                self._same_dtype(member, reached)
                 same_channels(self.recording, first, sites, member, reached)
             reached_by[member.path] = frozenset(site.visit for site in reached)
             for bridge, site, target in zip(bridges, sites, reached, strict=True):
@@ -89,6 +106,19 @@ class Audit:
             sites = reached
         passes = zip(firsts, sites, bridges, strict=True)
         return Found(tuple(Pass(a.visit, z.visit, tuple(b)) for a, z, b in passes), reached_by)
+
+    def _same_dtype(self, norm: Member, reached: Sequence[Site]) -> None:
+        """An identity in the norm's place converts nothing."""
+        for site in reached:
+            assert site.entry is not None
+            assert site.exit is not None
+            before, after = (self.recording.values[value].dtype for value in (site.entry, site.exit))
+            require(
+                before == after,
+                "dtype",
+                f"{norm.path} turns {before} into {after}, which an identity would not do",
+                remedy="convert the norm to the layer's dtype first",
+            )
 
     def _between(
         self, before: Member, site: Site, member: Member, target: Site, layer: str
@@ -139,7 +169,7 @@ class Audit:
             return sites
         if member.kind in NORM_KINDS:
             return norm_at_work(self.recording, member)
-        return layer_at_work(self.run, member)
+        return layer_at_work(self.run, member, self._unbiased)
 
     def _linked(
         self, before: Member, sites: Sequence[Site], member: Member, following: Sequence[Site], layer: str

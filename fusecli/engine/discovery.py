@@ -74,7 +74,10 @@ class _Search:
         groups: list[Group] = []
         left: dict[str, Unfused] = {}
         for member in self._members():
-            if member.kind not in (*NORM_KINDS, "batch_dependent") or member.path in self.taken:
+            if member.kind not in (*NORM_KINDS, "batch_dependent"):
+                continue
+            if member.path in self.taken:
+                groups += self._rest(member)
                 continue
             try:
                 groups += self._groups(member)
@@ -83,6 +86,16 @@ class _Search:
                     member.path, type(member.module).__name__, no.code, no.reason, no.evidence, no.remedy
                 )
         return groups, left
+
+    def _rest(self, norm: Member) -> list[Group]:
+        """The layers that feed a norm besides those that are listed with it: it folds into all or none."""
+        try:
+            sites = norm_at_work(self.audit.recording, norm)
+            calls = [self._producer(site.entry) for site in sites if site.entry is not None]
+            layers = dict.fromkeys(self._owner(call) for call in calls if call is not None)
+        except NotFoldable:
+            return []
+        return [Group((layer, norm.path)) for layer in layers if layer and layer not in self.taken]
 
     def _members(self) -> Iterator[Member]:
         seen: set[int] = set()

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from fusecli.engine.decisions import Member
 from fusecli.errors import NotFoldable, UsageError, require
 from fusecli.graph.dataflow import Call, Recording, Visit, described
 from fusecli.graph.kinds import is_exact
-from fusecli.graph.ops import AFFINE, ALWAYS_BATCH, MOVES, NORMS
+from fusecli.graph.ops import AFFINE, ALWAYS_BATCH, EPS, MOVES, NORM_VECTORS, NORMS
 from fusecli.graph.record import Run
-from fusecli.graph.sites import Site, adds_bias, flowing, layer_sites, strangers
+from fusecli.graph.sites import (
+    Site,
+    adds_bias,
+    applied_as_weight,
+    flowing,
+    foreign,
+    layer_sites,
+    moved_from,
+    strangers,
+)
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _TEACH = "teach it with extra_mappings (treat, or sequence and fuser) or leave it out"
@@ -44,8 +54,11 @@ def untouched(recording: Recording, path: str) -> None:
     require(bool(recording.visits_of(path)), "not-executed", "it did not run on these inputs")
 
 
-def layer_at_work(run: Run, member: Member) -> list[Site]:
-    """Where a layer applies its weight: once in each call, with a bias that is added. Raises NotFoldable."""
+def layer_at_work(run: Run, member: Member, unbiased: Collection[str]) -> list[Site]:
+    """Where a layer applies its weight: once in each call, with a bias that is added. Raises NotFoldable.
+
+    unbiased  layers without a bias whose class is not known: whether they would add one is tried in one run
+    """
     recording, path = run.recording, member.path
     untouched(recording, path)
     sites, visits = layer_sites(recording, path), len(recording.visits_of(path))
@@ -62,29 +75,20 @@ def layer_at_work(run: Run, member: Member) -> list[Site]:
         evidence=(f"{visits} calls, its weight applied {len(sites)} times",),
         remedy=_TEACH,
     )
-    _bias_is_read(run, member)
+    _bias_is_read(run, member, unbiased)
     return sites
 
 
-def _bias_is_read(run: Run, member: Member) -> None:
+def _bias_is_read(run: Run, member: Member, unbiased: Collection[str]) -> None:
     """A bias that the fold adds or changes has to reach the output of every call."""
     recording, path = run.recording, member.path
     if member.module._parameters.get("bias") is None:
         if is_exact(member.module):
             return
-        try:
-            recording = run.with_biases([path])
-        except UsageError as error:
-            raise NotFoldable(
-                "bias-not-read", f"{path} does not run with a bias", evidence=(str(error),), remedy=_TEACH
-            ) from error
-    visits = recording.visits_of(path)
+        recording = _with_bias(run, path, unbiased)
     read = [
-        any(
-            any(adds_bias(recording, call, value, path) for value in call.reads)
-            for call in flowing(recording, visit)
-        )
-        for visit in visits
+        any(adds_bias(recording, call, value, path) for call in calls for value in call.reads)
+        for calls in ([recording.calls[i] for i in visit.calls] for visit in recording.visits_of(path))
     ]
     require(
         all(read),
@@ -93,6 +97,18 @@ def _bias_is_read(run: Run, member: Member) -> None:
         evidence=(f"{type(member.module).__name__} read it in {sum(read)} of {len(read)} calls",),
         remedy=_TEACH,
     )
+
+
+def _with_bias(run: Run, path: str, unbiased: Collection[str]) -> Recording:
+    """The run with a zero bias on every layer that might need one; if that fails, on this one alone."""
+    try:
+        return run.with_biases(unbiased)
+    except UsageError:
+        try:
+            return run.with_biases([path])
+        except UsageError as error:
+            reason = f"{path} does not run with a bias"
+            raise NotFoldable("bias-not-read", reason, evidence=(str(error),), remedy=_TEACH) from error
 
 
 def norm_at_work(recording: Recording, member: Member) -> list[Site]:
@@ -104,14 +120,15 @@ def norm_at_work(recording: Recording, member: Member) -> list[Site]:
 
 
 def _norm_site(recording: Recording, member: Member, visit: Visit, turn: int) -> Site:
-    path = member.path
-    flow = flowing(recording, visit)
-    weights = [value for value in visit.takes if recording.values[value].constant]
+    path, flow = member.path, flowing(recording, visit)
+    one = len(visit.takes) == len(visit.gives) == 1
+    require(one, "not-affine", f"{path} does not make one tensor from one tensor", remedy=_TEACH)
+    (entry,), (given,) = visit.takes, visit.gives
     require(
-        not weights,
+        not (recording.values[entry].constant and applied_as_weight(recording, given)),
         "norm-on-weights",
         f"{path} normalises weights, not activations",
-        evidence=tuple(", ".join(sorted(recording.values[value].origins)) for value in weights),
+        evidence=tuple(sorted(recording.values[entry].origins)),
     )
     for call in flow:
         require(
@@ -121,37 +138,53 @@ def _norm_site(recording: Recording, member: Member, visit: Visit, turn: int) ->
             evidence=(recording.described(call),),
             remedy="set momentum and track_running_stats as for inference, or leave it out",
         )
+        if is_exact(member.module) and call.name in NORMS:
+            _own_vectors(recording, member, call)
     if not is_exact(member.module):
-        _affine_inside(recording, member, flow)
+        _affine_inside(recording, member, visit, flow)
     inner = [call for call in flow if call.name in NORMS or not is_exact(member.module)] or flow
     require(bool(inner), "not-affine", f"{path} computes nothing from its input", remedy=_TEACH)
     _remainder(recording, member, visit, inner[-1])
-    made = set(range(visit.calls.start, visit.calls.stop))
-    entries = {
-        value
-        for call in flow
-        for value in call.reads
-        if not recording.values[value].constant and recording.values[value].made_by not in made
-    }
+    return Site(path, turn, frozenset(visit.calls), entry, given)
+
+
+def _own_vectors(recording: Recording, member: Member, call: Call) -> None:
+    """The class is known, but forward may have put other tensors or another eps into it for this run."""
+    module: Any = member.module
+    names = recording.names[recording.first_name[member.path]]
+    strange = []
+    for name, position in zip(_VECTORS, NORM_VECTORS, strict=True):
+        given = call.argument(position)
+        held = module._parameters.get(name, module._buffers.get(name))
+        seen = "" if given is None else recording.values[moved_from(recording, given)].name
+        if (held is not None or given is not None) and seen not in {f"{own}.{name}" for own in names}:
+            strange.append(f"its {name} is {seen or 'made in forward' if given is not None else 'not used'}")
+    eps = call.args[EPS[call.name]]
+    if eps != module.eps:
+        strange.append(f"its eps is {eps:g}, and {module.eps:g} outside of forward")
     require(
-        len(entries) == 1 and len(visit.gives) == 1,
-        "not-affine",
-        f"{path} does not make one tensor from one tensor",
-        remedy=_TEACH,
+        not strange,
+        "written-in-forward",
+        f"forward has {member.path} normalise by something else than its own numbers",
+        evidence=tuple(strange),
+        remedy="leave the group out: other inputs may use other numbers",
     )
-    return Site(path, turn, frozenset(made), entries.pop(), visit.gives[0])
 
 
-def _affine_inside(recording: Recording, member: Member, flow: Sequence[Call]) -> None:
+def _affine_inside(recording: Recording, member: Member, visit: Visit, flow: Sequence[Call]) -> None:
+    """An unknown class has to scale and shift its one input by its own tensors; a probe does the rest."""
+    coming = set(visit.takes)
     for call in flow:
-        operands = {value for value in call.reads if not recording.values[value].constant}
+        operands = foreign(recording, visit, call)
+        one = len(operands) == 1 and operands <= coming
         require(
-            call.name in NORMS or (call.name in (AFFINE | MOVES) and len(operands) == 1),
+            one and (call.name in NORMS or call.name in AFFINE | MOVES),
             "not-affine",
             f"{type(member.module).__name__} does more than scale and shift: {call.name}",
             evidence=(recording.described(call),),
             remedy=_TEACH,
         )
+        coming.update(call.makes)
 
 
 def _remainder(recording: Recording, member: Member, visit: Visit, affine: Call) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from fusecli.engine.audit import Audit, Found
@@ -72,6 +73,7 @@ class _Planner:
             for path, module in zip(group.modules, modules, strict=True)
         ]
         for member in members:
+            self._require_replaceable(member.path)
             if member.kind in FOLDABLE:
                 self.uses.require_single(member.path, member.module)
         if custom := self.vocabulary.fuser(modules):
@@ -97,6 +99,14 @@ class _Planner:
         kept = tuple(path for path in group.modules if path not in names)
         decision = Decision(group, rule.name, _by_rule(rule, taken), names, kept, spared=spared)
         return self._with(decision, found), found
+
+    def _require_replaceable(self, path: str) -> None:
+        ends = [i for i, letter in enumerate(path) if letter == "."]
+        around = [path[:end] for end in (*ends, len(path))]
+        scripted = [name for name in ("", *around) if isinstance(self.tree[name], torch.jit.ScriptModule)]
+        if scripted:
+            reason = f"{scripted[0] or 'the model'} is a scripted module, whose parts cannot be replaced"
+            raise NotFoldable("scripted", reason, remedy="fuse the model before it is scripted")
 
     def _observed(self, group: Group, members: Sequence[Member], *, custom: bool = False) -> Found | None:
         """What the run shows of the group; None without one, or where it called none of the modules."""
@@ -139,7 +149,13 @@ class _Planner:
     def _shared(self, decision: Decision, shares: Mapping[str, int]) -> NotFoldable | None:
         """A norm may end several groups, each takes a copy of it; nothing else can be in two places."""
         for path in decision.members:
-            if shares[path] > 1 and self.vocabulary.kind(self.tree[path]) not in NORM_KINDS:
+            if shares[path] < 2:
+                continue
+            module = self.tree[path]
+            if module._forward_hooks or module._forward_pre_hooks:
+                reason = f"{path} has hooks, which cannot follow it into several layers"
+                return NotFoldable("shared-module", reason, remedy="take the hooks off first")
+            if self.vocabulary.kind(module) not in NORM_KINDS:
                 reason = f"{path} ends several groups, and only a norm can"
                 return NotFoldable("shared-module", reason, remedy="leave it out of all of them")
         return None

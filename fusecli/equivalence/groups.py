@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,7 +121,8 @@ class GroupCheck:
         return ""
 
     def _bridges(self, turn: int) -> Bridges:
-        return next((found.bridges for found in self.passes if found.first == turn), ())
+        known = next((found for found in self.passes if found.first == turn), None)
+        return (known or self.passes[-1]).bridges if self.passes else ()
 
     def _noisy(self) -> Sequence[nn.Module]:
         """The fused modules with weights off by 1 %: a check that does not notice them proves nothing."""
@@ -153,9 +155,16 @@ def _chain(modules: Sequence[nn.Module], inputs: Sample, bridges: Bridges = ()) 
     output = modules[0](*inputs.args, **inputs.kwargs)
     for number, module in enumerate(modules[1:]):
         for call in bridges[number] if bridges else ():
-            output = moved(call, output)
+            output = _across(call, output)
         output = module(output)
     return output
+
+
+def _across(call: Call, output: Any) -> Any:
+    try:
+        return moved(call, output)
+    except RuntimeError as error:
+        raise Incomparable(f"an input has other sizes than the recorded one: {error}") from error
 
 
 @contextmanager
@@ -171,8 +180,15 @@ def observed(
     Yields a list with one entry per group; after the run it says what was wrong with the calls ("" if nothing
     was).
     """
+    shares = Counter(group[-1] for group in groups)
     watches = [
-        _Watch(number, group, {found.last: found.first for found in pairs} or None, tell)
+        _Watch(
+            number,
+            group,
+            shares[group[-1]] > 1,
+            {found.last: found.first for found in pairs} or None,
+            tell,
+        )
         for number, (group, pairs) in enumerate(zip(groups, passes, strict=True))
     ]
     trouble = [""] * len(groups)
@@ -187,10 +203,15 @@ def observed(
 
 @dataclass
 class _Watch:
-    """One group while the model runs: inputs of its first member that wait for the call of its last."""
+    """One group while the model runs: inputs of its first member that wait for the call of its last.
+
+    shared   whether other groups end in the same module
+    partner  the call of the first member that each call of the last belongs to, as far as it is known
+    """
 
     number: int
     group: tuple[str, ...]
+    shared: bool
     partner: Mapping[int, int] | None
     tell: Observer
     waiting: dict[int, Sample] = field(default_factory=dict)
@@ -209,14 +230,23 @@ class _Watch:
         self.entered += 1
 
     def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        turn, self.left = self.left, self.left + 1
-        partner = turn if self.partner is None else self.partner.get(turn)
+        partner = self._partner(self.left)
+        self.left += 1
         if partner is None:
             return  # this call belongs to another group, which shares the norm
         if partner in self.waiting:
             self.tell(self.number, partner, self.waiting.pop(partner), cast(output, None))
         else:
             self.early = True
+
+    def _partner(self, turn: int) -> int | None:
+        """Which call of the first member this call of the last belongs to."""
+        if self.partner is None:
+            return turn
+        if not self.shared and turn > max(self.partner):
+            # Another input may go round more often than the recorded one: first come, first served.
+            return min(self.waiting, default=turn)
+        return self.partner.get(turn)
 
     def trouble(self) -> str:
         if self.early:

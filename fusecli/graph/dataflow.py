@@ -27,7 +27,7 @@ class Ref:
 class Value:
     """made_by   the call that made it; None: it was there before the run
     name      of the parameter, buffer or input that it is; "" for what the run made
-    constant  whether it derives from parameters and buffers alone
+    constant  whether it derives from what the model holds and from literals alone
     origins   names of the parameters and buffers that a constant derives from
     """
 
@@ -55,6 +55,11 @@ class Call:
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     visits: tuple[int, ...]
+
+    @property
+    def shapes(self) -> bool:
+        """Whether the shape of its result depends on numbers: then Python reads them in the shape."""
+        return torch.Tag.dynamic_output_shape in getattr(self.op, "tags", ())
 
     @property
     def writes(self) -> bool:
@@ -146,7 +151,7 @@ class Recording:
         needed = [False] * len(self.values)
         alive = [False] * len(self.calls)
         for call in reversed(self.calls):
-            lasting = not call.makes or call.op is None or call.writes
+            lasting = not call.makes or call.op is None or call.writes or call.shapes
             if lasting or any(needed[value] for value in call.makes):
                 alive[call.number] = True
                 for value in call.reads:

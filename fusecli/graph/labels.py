@@ -6,6 +6,7 @@ No rule per op: what mixes channels, pads them or puts them on another axis show
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,33 +32,42 @@ def labels_at(recording: Recording, value: int, seeds: Mapping[int, Tensor]) -> 
     None where no label arrives. Raises LookupError at an op that does more than move elements or combine
     them one by one.
     """
-    if value in seeds:
-        return seeds[value]
-    call = recording.maker(value)
-    if call is None:
-        return None
-    if call.name in NORMS:
-        return _through_norm(recording, call, seeds)
-    if call.name in MOVES:
-        source = labels_at(recording, call.reads[0], seeds)
-        return None if source is None else moved(call, source)
-    if call.name in POINTWISE:
-        found = [labels_at(recording, read, seeds) for read in call.reads]
-        return _merged([labels for labels in found if labels is not None], recording.values[value].shape)
-    # An origin that carries no label, such as a constant made by torch.ones, tells nothing.
-    if not call.reads:
-        return None
-    raise LookupError(recording.described(call))
+    return _Replay(recording, dict(seeds)).at(value)
 
 
-def _through_norm(recording: Recording, call: Call, seeds: Mapping[int, Tensor]) -> Tensor | None:
-    shape = recording.values[call.makes[0]].shape
-    operands = [labels_at(recording, call.reads[0], seeds)]
-    for position in NORM_VECTORS:
-        vector = call.argument(position)
-        labels = None if vector is None else labels_at(recording, vector, seeds)
-        operands.append(None if labels is None else labels.reshape(1, -1, *(1,) * (len(shape) - 2)))
-    return _merged([labels for labels in operands if labels is not None], shape)
+@dataclass
+class _Replay:
+    """The labels of values, each worked out once."""
+
+    recording: Recording
+    known: dict[int, Tensor | None]
+
+    def at(self, value: int) -> Tensor | None:
+        if value not in self.known:
+            self.known[value] = self._work_out(value)
+        return self.known[value]
+
+    def _work_out(self, value: int) -> Tensor | None:
+        call, shape = self.recording.maker(value), self.recording.values[value].shape
+        # An origin that carries no label, such as a constant made by torch.ones, tells nothing.
+        if call is None or not call.reads:
+            return None
+        if call.name in NORMS:
+            return _merged(self._norm(call, len(shape)), shape)
+        if call.name in MOVES:
+            source = self.at(call.reads[0])
+            return None if source is None else moved(call, source)
+        if call.name in POINTWISE:
+            return _merged([self.at(read) for read in call.reads], shape)
+        raise LookupError(self.recording.described(call))
+
+    def _norm(self, call: Call, rank: int) -> list[Tensor | None]:
+        operands = [self.at(call.reads[0])]
+        for position in NORM_VECTORS:
+            vector = call.argument(position)
+            labels = None if vector is None else self.at(vector)
+            operands.append(None if labels is None else labels.reshape(1, -1, *(1,) * (rank - 2)))
+        return operands
 
 
 def moved(call: Call, tensor: Tensor) -> Tensor:
@@ -69,10 +79,10 @@ def moved(call: Call, tensor: Tensor) -> Tensor:
     return result
 
 
-def _merged(operands: list[Tensor], shape: tuple[int, ...]) -> Tensor | None:
-    if not operands:
+def _merged(operands: list[Tensor | None], shape: tuple[int, ...]) -> Tensor | None:
+    spread = [labels.expand(shape) for labels in operands if labels is not None]
+    if not spread:
         return None
-    spread = [labels.expand(shape) for labels in operands]
     # Axes along which no operand has labels of its own are looked at once.
     thin = [slice(None) if any(o.stride(i) for o in spread) else slice(0, 1) for i in range(len(shape))]
     first, *others = (labels[tuple(thin)] for labels in spread)

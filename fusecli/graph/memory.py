@@ -30,7 +30,7 @@ def key_of(tensor: Tensor) -> tuple[Any, Any]:
     try:
         with torch._C.DisableTorchFunction():  # a look at the storage is an escape, but not this one
             watch = StorageWeakRef(tensor.untyped_storage())
-    except NotImplementedError:  # sparse and opaque tensors have none
+    except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none
         return id(tensor), tensor
     return watch.cdata, watch
 

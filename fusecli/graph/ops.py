@@ -29,6 +29,7 @@ NORMS = {
     "aten._batch_norm_with_update": None,
 }
 NORM_VECTORS = (1, 2, 3, 4)  # weight, bias, running mean, running variance
+EPS = {name: 6 if flag is None else 7 for name, flag in NORMS.items()}
 ALWAYS_BATCH = {"aten._batch_norm_with_update"}
 # Norms that compute their statistics from each input.
 BATCH_DEPENDENT = frozenset(
@@ -48,7 +49,8 @@ MOVES = frozenset(
 # Of several operands, element by element.
 SUMS = frozenset(f"aten.{name}" for name in ("add", "add_"))
 AFFINE = SUMS | frozenset(
-    f"aten.{name}" for name in ("sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "addcmul")
+    f"aten.{name}"
+    for name in ("sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "addcmul", "addcmul_")
 )
 POINTWISE = AFFINE | frozenset(
     f"aten.{name}" for name in ("sqrt", "rsqrt", "reciprocal", "pow", "abs", "exp", "square", "clamp")

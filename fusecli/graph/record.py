@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.dataflow import Recording
-from fusecli.graph.materialise import duplicate
+from fusecli.graph.fakes import fake_twin, forget
 from fusecli.graph.memory import same_memory
 from fusecli.graph.recorder import Recorder
 from fusecli.sample import Sample, mapped, seeded
@@ -30,11 +30,15 @@ class Run:
 
     structure  the model; meta tensors will do, and it is not changed
     numbers    makes a copy with real tensors, for a model that needs them
+    fakes      whether fake tensors may be tried: not in a process that goes on to use the model, whose code
+               may keep one
     """
 
     structure: nn.Module
     sample: Sample
     numbers: Callable[[], nn.Module]
+    fakes: bool = True
+    _biased: dict[frozenset[str], Recording] = field(default_factory=dict, repr=False)
 
     @cached_property
     def recording(self) -> Recording:
@@ -43,7 +47,10 @@ class Run:
 
     def with_biases(self, layers: Collection[str]) -> Recording:
         """The same run with a zero bias on each of these layers: does anything read it?"""
-        return self._recorded(layers)
+        key = frozenset(layers)
+        if key not in self._biased:
+            self._biased[key] = self._recorded(layers)
+        return self._biased[key]
 
     def _recorded(self, biased: Collection[str]) -> Recording:
         problem: Exception | None = None
@@ -64,10 +71,10 @@ class Run:
         """From the cheapest. In float64 runs what does not run in the stored dtype, such as a bfloat16 model
         that is given float32 inputs. The last error is the one that a user can do something about."""
         parameters = (p for p in self.structure.parameters() if p.is_floating_point())
-        narrow = any(parameter.dtype.itemsize < 4 for parameter in parameters)
-        dtypes = (None, torch.float64) if narrow else (None,)
+        other = any(parameter.dtype is not torch.float32 for parameter in parameters)
+        dtypes = (None, torch.float64) if other else (None,)
         # A user's hook may keep what it is given, and a fake tensor is of no use to anybody.
-        if not any(map(_hooked, self.structure.modules())):
+        if self.fakes and not any(map(_hooked, self.structure.modules())):
             for dtype in dtypes:
                 yield partial(self._with_fakes, biased, dtype)
         for dtype in reversed(dtypes):
@@ -75,25 +82,32 @@ class Run:
 
     def _with_fakes(self, biased: Collection[str], dtype: torch.dtype | None) -> Recording:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        model = _fake_twin(self.structure, mode)
-        with mode:
-            _add_biases(model, biased)
-            inputs = self.sample.mapped(lambda tensor: mode.from_tensor(_in(tensor, dtype)))
-            return self._run(model.to(dtype) if dtype else model, inputs, fake=True)
+        recorder = Recorder(fake=True)
+        try:
+            with mode:
+                model = fake_twin(self.structure, mode)
+                _add_biases(model, biased)
+                inputs = self.sample.mapped(lambda tensor: mode.from_tensor(_in(tensor, dtype)))
+                return self._run(recorder, model.to(dtype) if dtype else model, inputs)
+        finally:
+            model = inputs = None  # type: ignore[assignment]
+            if recorder.kept_outside and not forget(mode):
+                raise RuntimeError("the model's code keeps tensors of a run outside of its modules")
 
     def _with_numbers(self, biased: Collection[str], dtype: torch.dtype | None) -> Recording:
         model = self.numbers()
         _add_biases(model, biased)
-        return self._run(model.to(dtype) if dtype else model, self.sample.copy(dtype), fake=False)
+        return self._run(Recorder(fake=False), model.to(dtype) if dtype else model, self.sample.copy(dtype))
 
-    def _run(self, model: nn.Module, inputs: Sample, *, fake: bool) -> Recording:
+    def _run(self, recorder: Recorder, model: nn.Module, inputs: Sample) -> Recording:
         model.eval()
-        recorder = Recorder(fake)
         with seeded(0), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with recorder.watching(model):
                 recorder.takes((inputs.args, dict(inputs.kwargs)))
                 output = model(*inputs.args, **inputs.kwargs)
+            if recorder.went_astray:
+                raise RuntimeError("forward went on where fake tensors have no answer")
             recorder.returns(output)
             # What autograd keeps for the output goes; what is inside an output of an unknown class stays.
             output = mapped(output, Tensor.detach)
@@ -115,24 +129,3 @@ def _add_biases(model: nn.Module, layers: Collection[str]) -> None:
         size = getattr(layer, "out_channels", None) or layer.out_features
         zeros = torch.zeros(size, dtype=layer.weight.dtype, device=layer.weight.device)
         layer._parameters["bias"] = nn.Parameter(zeros, requires_grad=False)
-
-
-def _fake_twin(structure: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy without numbers; tensors that share memory share it in the copy."""
-
-    def fake(tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
-            return mode.from_tensor(tensor)
-        twin: Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(twin, tensor.requires_grad)
-        return twin
-
-    held = (
-        tensor
-        for module in structure.modules()
-        for owned in (module._parameters, module._buffers, vars(module))
-        for tensor in owned.values()
-        if isinstance(tensor, Tensor)
-    )
-    return duplicate(structure, {id(tensor): fake(tensor) for tensor in held})

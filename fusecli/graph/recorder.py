@@ -11,11 +11,19 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -24,6 +32,12 @@ from fusecli.graph.escapes import Escapes
 from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of
 from fusecli.sample import tensors_in
 
+_NO_NUMBERS = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 _VIEWS = ("aten.view", "aten._unsafe_view", "aten.transpose", "aten.permute", "aten.squeeze", "aten.t")
 # What FakeTensors and tensor subclasses ask about themselves; nothing is read.
 _QUESTIONS = ("prim.", "aten.sym_", "aten.is_contiguous", "aten.is_same_size", "aten.is_pinned")
@@ -48,6 +62,8 @@ class Recorder(TorchDispatchMode):
         self._given: set[Any] = set()
         self._returned: set[Any] = set()
         self._escaped = False
+        self.went_astray = False  # forward went on where fake tensors have no answer
+        self.kept_outside = True  # tensors of the run are alive, and no module of the model has them
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -92,6 +108,7 @@ class Recorder(TorchDispatchMode):
             if not name.startswith("_")
             for tensor in tensors_in(held)
         }
+        self.kept_outside = any(key not in kept for key in left)
         for key in left:
             name = kept.get(key, "kept after the run by a hook or by something outside the model")
             self._note(None, name, (), {}, (self._memory[key].latest,), ())
@@ -120,6 +137,7 @@ class Recorder(TorchDispatchMode):
     def _escape(self, name: str, tensor: Tensor) -> None:
         """Something outside torch reads this tensor."""
         self._escaped = True
+        self.went_astray |= self._fake
         self._note(None, f"{name} in {self._place()}", (), {}, (self._memory_of(tensor)[1],), ())
 
     def __torch_dispatch__(
@@ -135,8 +153,15 @@ class Recorder(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
+        if name == "aten.lift_fresh":  # a literal, or numbers that come back from outside
+            self._memory_of(args[0], constant=not self._escaped)
         refs, named = tree_map_only(Tensor, lambda tensor: Ref(self._memory_of(tensor)[1]), (args, kwargs))
-        output = func(*args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except Exception as error:
+            # Forward may go on without the result: another way than with numbers, if there are none.
+            self.went_astray |= self._fake and isinstance(error, _NO_NUMBERS)
+            raise
         reads = tuple(leaf.value for leaf in tree_leaves((refs, named)) if isinstance(leaf, Ref))
         self._write_down(func, name, refs, named, reads, _written(func, args, kwargs), output)
         return output
@@ -194,8 +219,8 @@ class Recorder(TorchDispatchMode):
         layout = layout_of(tensor)
         memory = self._memory.get(key)
         if memory is None:
-            # Made where no op shows it: before the run, or from what has left torch.
-            constant = not self._escaped if constant is None else constant
+            # Made where no op shows it, and no part of the model: data.
+            constant = bool(constant)
             origins = frozenset([name]) if name and constant else frozenset()
             value = self._value(tensor, None, name, constant, origins)
             self._memory[key] = Memory(watch, value, {layout: value})
@@ -236,9 +261,12 @@ class Recorder(TorchDispatchMode):
     def _know(self, model: nn.Module) -> None:
         """Names the parameters, buffers and other tensors of the model."""
         for path, module in model.named_modules(remove_duplicate=False):
-            held = {**module._parameters, **module._buffers}
-            for name, tensor in {**vars(module), **held}.items():
-                if isinstance(tensor, Tensor):
+            held = dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+            plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+            for name, value in {**plain, **held}.items():
+                for tensor in tensors_in(value):
+                    if is_lazy(tensor):
+                        continue
                     full = f"{path}.{name}" if path else name
                     key, watch = key_of(tensor)
                     self._given.add(key)
@@ -264,6 +292,8 @@ class Recorder(TorchDispatchMode):
             self._visits.append(Visit(number, path, parent, takes, (), range(begin, begin)))
 
         def leave(_: nn.Module, __: Any, output: Any) -> None:
+            if not self._stack or self._visits[self._stack[-1]].path != path:
+                return  # a pre-hook of the user has raised before this call began
             number = self._stack.pop()
             visit = self._visits[number]
             gives = tuple(self._memory_of(tensor)[1] for tensor in tensors_in(output))
@@ -282,7 +312,11 @@ _SEEN_AGAIN = object()
 
 def _name(func: Any) -> str:
     schema = getattr(func, "_schema", None)
-    return schema.name.replace("::", ".") if schema is not None else str(func)
+    if schema is None:
+        return str(func)
+    # view(dtype) looks at the same bytes as other numbers: no view of elements.
+    overload = ".dtype" if schema.overload_name == "dtype" else ""
+    return f"{schema.name.replace('::', '.')}{overload}"
 
 
 def _random(func: Any) -> bool:

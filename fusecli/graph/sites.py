@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fusecli.graph.dataflow import Call, Recording, Visit
+from fusecli.graph.dataflow import Call, Recording, Value, Visit
 from fusecli.graph.labels import along
-from fusecli.graph.ops import LAYERS, MOVES, SUMS
+from fusecli.graph.ops import LAYERS, MOVES, NORMS, SUMS
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,40 @@ def _only(values: tuple[int, ...]) -> int | None:
     return values[0] if len(values) == 1 else None
 
 
+def foreign(recording: Recording, visit: Visit, call: Call) -> set[int]:
+    """What an op in a module call reads besides the module's own tensors and literals."""
+    own = tuple(f"{name}." for name in _names(recording, visit.path))
+
+    def derived(value: Value) -> bool:
+        return value.constant and all(origin.startswith(own) for origin in value.origins)
+
+    return {value for value in call.reads if not derived(recording.values[value])}
+
+
 def flowing(recording: Recording, visit: Visit) -> list[Call]:
-    """The op calls of a module call that read activations, those of its submodules left out."""
+    """The op calls of a module call that read something that is not its own, those of its submodules left
+    out."""
     return recording.living(
         call
         for call in (recording.calls[number] for number in visit.calls)
         if call.op is not None
         and call.visits[-1] == visit.number
-        and any(not recording.values[value].constant for value in call.reads)
+        and (call.name in NORMS or foreign(recording, visit, call))
     )
+
+
+def applied_as_weight(recording: Recording, value: int) -> bool:
+    """Whether a layer applies `value`, or what is computed from it and other constants, as its weight."""
+    waiting, seen = [value], {value}
+    while waiting:
+        current = waiting.pop()
+        for call in recording.readers(current):
+            if weight_of(call) == current:
+                return True
+            found = [v for v in call.makes if v not in seen and recording.values[v].constant]
+            seen.update(found)
+            waiting += found
+    return False
 
 
 def next_step(recording: Recording, value: int, layer: str) -> int | None:

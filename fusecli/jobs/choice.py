@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from fusecli.engine import Decision, Group, Offer, Vocabulary, discover, needed, plan
-from fusecli.errors import UsageError
+from fusecli.engine import Decision, Group, Offer, Vocabulary, discover, needed, plan, shared_roots
+from fusecli.errors import Problem, UsageError
 from fusecli.graph.kinds import norms, without_statistics
 from fusecli.graph.record import Run
+from fusecli.jobs.fold import Fold, Refused, plan_fold
+from fusecli.jobs.source import Source
 from fusecli.outcome import Refusal, Unfused
 from fusecli.rewrite import ModuleTree
+from fusecli.sample import Sample
 from fusecli.spec import Spec
 from fusecli.spec.names import NameTree
 
@@ -106,6 +109,9 @@ def chosen(
 ) -> Choice:
     """The groups of the spec, and what the run offers besides. A model that does not run offers nothing."""
     if run is None:
+        if spec.discover:
+            fix = "give --model and --input, or model and inputs in the spec"
+            raise UsageError(Problem("discovery runs the model, and its code is not known", "discover", fix))
         return Choice(modules, asked)
     names = NameTree([path for path in tree.modules if path], spec.exclude)
     listed = {path for group in asked for path in group.modules}
@@ -118,14 +124,51 @@ def chosen(
     return Choice(modules, asked, offer, taking=spec.discover)
 
 
-def owned(
-    spec: Spec, apart: Run, roots: Sequence[str], asked: Sequence[Group], vocabulary: Vocabulary
-) -> list[str]:
-    """Which of the modules `roots`, which have copies of their own in the run `apart`, are in a group that is
-    sound there: the others stay tied."""
-    tree = ModuleTree(apart.structure)
-    choice = chosen(spec, tree, dict(apart.structure.named_modules()), asked, apart, vocabulary)
-    return needed(roots, plan(tree, choice.groups, vocabulary, apart).decisions)
+def looked(
+    spec: Spec,
+    source: Source,
+    structure: Callable[[], nn.Module],
+    numbers: Callable[[], nn.Module],
+    sample: Sample,
+    asked: Sequence[Group],
+    *,
+    fakes: bool = True,
+) -> tuple[nn.Module, Run, Choice]:
+    """The model as it will be planned on, a run of it on `sample`, and the groups.
+
+    structure  makes that model, with copies of what `source.owns` names: with `shared: clone` this is where
+               it is found out which modules need one
+    numbers    makes the same, to be run
+    """
+    model = structure()
+    if spec.shared == "clone":
+        source.owns = shared_roots(ModuleTree(model), source.vocabulary)
+        if source.owns:
+            apart = Run(structure(), sample, numbers, fakes)
+            tree, modules = ModuleTree(apart.structure), dict(apart.structure.named_modules())
+            choice = chosen(spec, tree, modules, asked, apart, source.vocabulary)
+            sound = plan(tree, choice.groups, source.vocabulary, apart).decisions
+            source.owns = needed(source.owns, sound)  # the others stay tied
+            model = structure()
+    run = Run(model, sample, numbers, fakes)
+    modules = dict(model.named_modules())
+    return model, run, chosen(spec, ModuleTree(model), modules, asked, run, source.vocabulary)
+
+
+def settled(
+    source: Source, model: nn.Module, choice: Choice, run: Run, attempt: Callable[[Fold], None]
+) -> Fold:
+    """The plan of the choice's groups, all of which `attempt` accepts; what nobody has asked for is dropped
+    where it turns out to be unsound. Raises Refused for the others."""
+    while True:
+        try:
+            fold = plan_fold(source, model, choice.groups, run)
+            attempt(fold)
+            return fold
+        except Refused as no:
+            if not choice.may_drop(no.refused):
+                raise
+            choice.drop(no.refused)
 
 
 def shortfall(

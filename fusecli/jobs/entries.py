@@ -32,7 +32,11 @@ def entries(groups: Sequence[Names], names: Collection[str]) -> Iterator[list[st
 
 def scalar(text: str) -> str:
     """A name as YAML reads it back; what JSON writes in quotes, YAML reads."""
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    if _PLAIN.fullmatch(text):
+        return text
+    quoted = json.dumps(text, ensure_ascii=False)
+    # YAML takes some of these for line breaks and refuses others; a terminal may obey them.
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in quoted)
 
 
 def _holes(group: Names) -> tuple[int, ...]:

@@ -91,3 +91,8 @@ def tie_ledger(checkpoint: Checkpoint, kept: Collection[str]) -> list[LedgerEntr
         for tie in checkpoint.ties
         if set(tie) <= set(kept)
     ]
+
+
+def own_ledger(roots: Iterable[str]) -> list[LedgerEntry]:
+    """Modules that `shared: clone` has given a copy of their own: no tie is broken silently."""
+    return [LedgerEntry("tie", root, "was shared; it has a copy of its own now") for root in roots]

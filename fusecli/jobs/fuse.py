@@ -12,12 +12,12 @@ from typing import Any
 from fusecli.artifact import artifact_at, manifest_of
 from fusecli.checkpoint import Checkpoint, Staged, check_target, open_checkpoint, staged
 from fusecli.consent import Consent
-from fusecli.engine import Group, shared_roots
+from fusecli.engine import Group, needed
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
-from fusecli.jobs.choice import Choice, chosen, owned, shortfall
+from fusecli.jobs.choice import Choice, chosen, looked, shortfall
 from fusecli.jobs.fold import (
     Fold,
     Refused,
@@ -33,6 +33,7 @@ from fusecli.jobs.source import Source, folder_of, groups_of, module_names, plan
 from fusecli.jobs.verdicts import STATUS, failures, judged, recorded, strictly
 from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused, Verdict
 from fusecli.rewrite import MANIFEST_KEY, ModuleTree
+from fusecli.sample import Sample
 from fusecli.spec import Spec
 
 
@@ -40,7 +41,8 @@ from fusecli.spec import Spec
 class FuseRequest:
     """One call of `fusecli fuse`. None: the spec decides, or the default.
 
-    typed  the words that named model and inputs on the command line, for the command that comes next
+    typed    the words that named model and inputs on the command line, for the command that comes next
+    trusted  the code that those words name
     """
 
     checkpoint: Path
@@ -57,6 +59,7 @@ class FuseRequest:
     require_all: bool = False
     min_folded: float | None = None
     typed: tuple[str, ...] = ()
+    trusted: tuple[str, ...] = ()
 
 
 def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: None) -> Outcome:
@@ -151,12 +154,19 @@ class _Job:
             environment=facts.environment(),
             totals_before=facts.totals(facts.layout_of(self.source.checkpoint), self._model(skeleton)),
         )
-        run = self._run(skeleton)
-        if self.spec.shared == "clone" and run is not None and self._own_what_can_fold(asked, run):
-            skeleton, asked = self._structure()
-            run = self._run(skeleton)
-        modules = dict(skeleton.named_modules())
-        choice = chosen(self.spec, ModuleTree(skeleton), modules, asked, run, self.source.vocabulary)
+        run: Run | None = None
+        if self.source.build is None:
+            modules = dict(skeleton.named_modules())
+            choice = chosen(self.spec, ModuleTree(skeleton), modules, asked, None, self.source.vocabulary)
+        else:
+            skeleton, run, choice = looked(
+                self.spec,
+                self.source,
+                self.source.skeleton,
+                self.source.original,
+                self._sample(),
+                asked,
+            )
         while True:
             outcome = replace(outcome, recording=recorded(run))
             try:
@@ -190,21 +200,9 @@ class _Job:
         self.assumed = assumed
         return skeleton, groups
 
-    def _run(self, skeleton: Any) -> Run | None:
-        """A run of the model on the first sample; None without its code."""
-        if self.source.build is None:
-            return None
+    def _sample(self) -> Sample:
         seed = self.request.seed if self.request.seed is not None else self.spec.verify.seed
-        return Run(skeleton, samples_of(self.spec, seed, 1)[0], self.source.original)
-
-    def _own_what_can_fold(self, asked: Sequence[Group], run: Run) -> bool:
-        """Finds the modules that a copy of their own makes foldable; the source gives them one."""
-        source = self.source
-        source.owns = shared_roots(ModuleTree(run.structure), source.vocabulary)
-        if source.owns:
-            apart = Run(source.skeleton(), run.sample, source.original)
-            source.owns = owned(self.spec, apart, source.owns, asked, source.vocabulary)
-        return bool(source.owns)
+        return samples_of(self.spec, seed, 1)[0]
 
     def _shortfall(self, fold: Fold, choice: Choice) -> list[str]:
         unfused = choice.unfused(fold.decisions) + self._beyond(choice)
@@ -215,6 +213,10 @@ class _Job:
     def _short(self, outcome: Outcome, fold: Fold, choice: Choice, problems: list[str]) -> Outcome:
         return replace(
             outcome,
+            status="refused",
+            exit_code=ExitCode.REFUSED,
+            verification=None,
+            refused=tuple(choice.dropped.values()),
             groups=tuple(group_reports(fold, self._edited(fold))),
             unfused=choice.unfused(fold.decisions) + self._beyond(choice),
             problems=tuple(problems),
@@ -237,6 +239,7 @@ class _Job:
             write_fold(fold, stage.path, self.fmt, manifest, self.tick)
             ledger = self.assumed + self.source.ledger + facts.statistics_ledger(checkpoint, fold.members)
             ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
+            ledger += facts.own_ledger(needed(self.source.owns, fold.decisions))
             ledger += apply_to_skeleton(fold)
             spared = tuple(no for decision in fold.decisions for no in decision.spared)
             outcome = replace(
@@ -323,7 +326,7 @@ def verify_command(request: FuseRequest, target: Path, allowed: Iterable[str]) -
     words = ["fusecli", "verify", str(request.checkpoint), str(target), *request.typed]
     words += ["--spec", str(request.spec.source)] if request.spec.source else []
     # What --model names is allowed by being typed.
-    needed = [name for name in allowed if not any(name in word for word in request.typed)]
+    needed = [name for name in dict.fromkeys(allowed) if name not in request.trusted]
     words += [word for name in needed for word in ("--allow-code", name)]
     return shlex.join(words + (["--allow-pickle"] if request.allow_pickle else []))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,10 @@ from fusecli.checkpoint import open_checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group
 from fusecli.errors import ExitCode, Problem, UsageError
-from fusecli.graph.record import Run
 from fusecli.jobs import facts
-from fusecli.jobs.choice import chosen
+from fusecli.jobs.choice import looked, settled
 from fusecli.jobs.entries import entries
-from fusecli.jobs.fold import Refused, apply_to_skeleton, group_reports, plan_fold, try_fold
+from fusecli.jobs.fold import apply_to_skeleton, group_reports, try_fold
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.source import folder_of, source_of
 from fusecli.jobs.verdicts import recorded
@@ -26,6 +26,9 @@ from fusecli.outcome import Outcome, Unfused
 from fusecli.plain import visible
 from fusecli.rewrite import ModuleTree
 from fusecli.spec import Spec
+from fusecli.spec.wildcards import bind_groups
+
+_NUMBERLIKE = re.compile(r"[-+]?\.?\d")
 
 
 @dataclass(frozen=True)
@@ -61,23 +64,15 @@ def plan_file(
         if source.build is None:
             fix = "give --model and --input, or a spec with model and inputs (--spec)"
             raise UsageError(Problem("planning runs the model, and its code is not known", "", fix))
-        skeleton = source.skeleton()
         tick("recording one forward")
         seed = request.seed if request.seed is not None else spec.verify.seed
-        run = Run(skeleton, samples_of(spec, seed, 1)[0], source.original)
-        tree = ModuleTree(skeleton)
-        modules = dict(skeleton.named_modules())
-        choice = chosen(spec, tree, modules, (), run, source.vocabulary)
-        while True:
-            try:
-                fold = plan_fold(source, skeleton, choice.groups, run)
-                tick("trying the folds")
-                try_fold(fold)
-                break
-            except Refused as no:
-                choice.drop(no.refused)
+        sample = samples_of(spec, seed, 1)[0]
+        skeleton, run, choice = looked(spec, source, source.skeleton, source.original, sample, ())
+        names = [path for path in ModuleTree(skeleton).modules if path]
+        bind_groups(spec, names)  # there are none; an exclude that matches nothing is a slip
+        tick("trying the folds")
+        fold = settled(source, skeleton, choice, run, try_fold)
         unfused = choice.unfused(fold.decisions)
-        names = [path for path in tree.modules if path]
         text = _written(request, spec, choice.groups, unfused, names)
         apply_to_skeleton(fold)
         outcome = Outcome(
@@ -126,7 +121,17 @@ def _base(request: PlanRequest, spec: Spec) -> Iterator[str]:
         mode="json",
         by_alias=True,
         exclude_defaults=True,
-        include={"checkpoint", "model", "inputs", "exclude", "extra_mappings", "verify", "output"},
+        include={
+            "checkpoint",
+            "model",
+            "inputs",
+            "shared",
+            "target",
+            "exclude",
+            "extra_mappings",
+            "verify",
+            "output",
+        },
     )
     here = folder_of(request.spec)
     for owner, key in _paths(taken):
@@ -142,11 +147,13 @@ def _base(request: PlanRequest, spec: Spec) -> Iterator[str]:
             yield from (f"  - {_flow(row)}" for row in rows)
 
 
-def _paths(taken: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+def _paths(taken: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Where a path may stand that is relative to the spec."""
     if "model" in taken:
         yield taken["model"], "factory"
-    yield from ((extra, "fuser") for extra in taken.get("extra_mappings", ()) if extra.get("fuser"))
+    for extra in taken.get("extra_mappings", ()):
+        yield from ((extra, key) for key in ("fuser", "treat", "as") if extra.get(key))
+        yield from ((extra["sequence"], number) for number in range(len(extra.get("sequence") or ())))
     waiting = list(taken.get("inputs", ()))
     for entry in waiting:
         if isinstance(entry, list):
@@ -155,8 +162,20 @@ def _paths(taken: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
             yield entry, "file"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Text that begins as a number does is in quotes: YAML versions differ on 1e5 and 0o14."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = "'" if _NUMBERLIKE.match(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
+    flow: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10_000}
+    text: str = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, **flow)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -99,9 +99,10 @@ def _structure(
     checkpoint: Checkpoint, spec: Spec | None, manifest: Manifest, consent: Consent, fused: Path
 ) -> tuple[Source, nn.Module, list[Group]]:
     groups = [Group(record.planned, hints=record.hints) for record in manifest.groups]
+    owns = list(dict.fromkeys(edit.path for edit in manifest.edits if isinstance(edit, Own)))
     if spec is not None or checkpoint.module is not None:
         source = source_of(checkpoint, spec or Spec(), consent)
-        source.owns = list(dict.fromkeys(edit.path for edit in manifest.edits if isinstance(edit, Own)))
+        source.owns = owns
         if source.build is not None:
             return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
@@ -110,7 +111,7 @@ def _structure(
         raise UsageError(Problem(what, str(fused), "give --spec, whose model.factory builds the model"))
     relus = {edit.members[-1]: nn.ReLU() for edit in manifest.edits if isinstance(edit, Container)}
     skeleton, _ = planted(checkpoint, groups, {}, relus)
-    return Source(checkpoint, None), skeleton, groups
+    return Source(checkpoint, None, owns=owns), skeleton, groups
 
 
 def _verify(
@@ -144,7 +145,12 @@ def _verify(
         return replace(outcome, refused=no.refused, problems=(problem,))
     choice = chosen(spec or Spec(), ModuleTree(skeleton), modules, groups, run, source.vocabulary)
     verdict, checks = judged(fold, artifact, spec, consent, tick, request.seed, request.samples)
-    ledger = [*source.ledger, *apply_to_skeleton(fold), *_mismatches(source.checkpoint, manifest)]
+    ledger = [
+        *source.ledger,
+        *facts.own_ledger(source.owns),
+        *apply_to_skeleton(fold),
+        *_mismatches(source.checkpoint, manifest),
+    ]
     reports = reported(group_reports(fold, fold.skeleton), checks)
     outcome = replace(
         outcome,

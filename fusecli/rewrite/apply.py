@@ -46,8 +46,7 @@ def _do(tree: ModuleTree, edits: Iterable[Edit]) -> list[LedgerEntry]:
     lost: list[LedgerEntry] = []
     for edit in edits:
         if isinstance(edit, Own):
-            if tree.own(edit.path):
-                lost.append(LedgerEntry("tie", edit.path, "was shared; it has a copy of its own now"))
+            tree.own(edit.path)
             continue
         lost += (LedgerEntry("hook", path, f"lost: {hook}") for path, hook in _apply(tree, edit))
     return lost

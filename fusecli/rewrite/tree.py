@@ -10,6 +10,7 @@ from torch import nn
 # Where a fused model keeps the names of its groups, so that each can be judged by itself and none is fused
 # twice. Empty: a custom fuser took part, so that names do not tell all that was done.
 _GROUPS = "_fusecli_groups"
+_OWN = "_fusecli_own"
 
 
 class ModuleTree:
@@ -18,7 +19,6 @@ class ModuleTree:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-        self._owned: set[str] = set()
 
     def __getitem__(self, path: str) -> nn.Module:
         return self.modules[path]
@@ -35,6 +35,12 @@ class ModuleTree:
         earlier = state.get(_GROUPS)
         state[_GROUPS] = () if custom or earlier == () else tuple(dict.fromkeys((*(earlier or ()), *groups)))
 
+    @property
+    def own_copies(self) -> tuple[str, ...]:
+        """The modules that fusecli has given a copy of their own in this model."""
+        roots: tuple[str, ...] = self.model.__dict__.get(_OWN, ())
+        return roots
+
     def replace(self, path: str, module: nn.Module) -> None:
         """Puts `module` where `path` leads; the root itself has no place to be replaced at."""
         parent, _, name = path.rpartition(".")
@@ -42,16 +48,15 @@ class ModuleTree:
         self.modules[parent]._modules[name] = module
         self.modules[path] = module
 
-    def own(self, path: str) -> bool:
-        """Gives the module at `path` a copy of its own; False if it has one already."""
-        if path in self._owned:
-            return False
-        self._owned.add(path)
+    def own(self, path: str) -> None:
+        """Gives the module at `path` a copy of its own, unless it has been given one."""
+        if path in self.own_copies:
+            return
+        self.model.__dict__[_OWN] = (*self.own_copies, path)
         copied = copy.deepcopy(self.modules[path])
         self.replace(path, copied)
         for name, child in copied.named_modules(remove_duplicate=False):
             self.modules[f"{path}.{name}" if name else path] = child
-        return True
 
 
 def plant(modules: Mapping[str, nn.Module]) -> nn.Module:

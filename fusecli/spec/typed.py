@@ -14,7 +14,7 @@ from fusecli.spec.model import Spec
 
 _CALL = re.compile(r"(?P<factory>[^()]+:[^()]+?)(?:\((?P<kwargs>.*)\))?", re.DOTALL)
 _INPUT = re.compile(
-    r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>[a-z]+\d*))?"
+    r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d{1,10}(?:x\d{1,10})*)(?::(?P<dtype>[a-z]+\d*))?"
     r"(?::(?P<low>[-+.\de]+?)\.\.(?P<high>[-+.\de]+))?"
 )
 _FILE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<file>.+\.safetensors):(?P<key>.+)")
@@ -40,7 +40,7 @@ def spec_from_options(
     if model is not None:
         typed["model"] = _model(model, absolute=path is not None)
     if inputs:
-        typed["inputs"] = [_input(text) for text in inputs]
+        typed["inputs"] = [_input(text, absolute=path is not None) for text in inputs]
     if discover:
         typed["discover"] = True
     if target is not None:
@@ -68,19 +68,33 @@ def _kwargs(text: str, whole: str) -> dict[str, Any]:
     """Literals only: nothing that is typed here is run."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError("keyword arguments only")
-        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
+        names = [keyword.arg for keyword in call.keywords]
+        if None in names or len({*names}) < len(names):
+            raise ValueError("keyword arguments only, each of them once")
+        return {str(keyword.arg): _plain(ast.literal_eval(keyword.value)) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         fix = "write keyword arguments with plain values: net.py:Net(width=8, name='small')"
         raise UsageError(
             Problem(f"the arguments of '{whole}' cannot be read: {error}", "--model", fix)
         ) from None
 
 
-def _input(text: str) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
+    """`value`, if a spec can say it; raises ValueError."""
+    if isinstance(value, list | tuple | dict):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            _plain(item)
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"a {type(value).__name__} is no plain value")
+    return value
+
+
+def _input(text: str, *, absolute: bool) -> dict[str, Any]:
     if (read := _FILE.fullmatch(text)) is not None:
-        return _without_none(read.groupdict())
+        file = str(Path(read["file"]).resolve()) if absolute else read["file"]
+        return _without_none({**read.groupdict(), "file": file})
     found = _INPUT.fullmatch(text)
     if found is None:
         fix = "write 2x3x224x224, 2x16:int64:0..1000, mask=2x16:bool or samples.safetensors:images"

@@ -1,0 +1,61 @@
+"""Copies of a model without numbers, and what is left of them when a run is over.
+
+Model code may keep a tensor outside of its modules: in a cache of functools, in a dict of its file. A fake
+one there would meet the next run, which has numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fusecli.graph.materialise import duplicate
+
+
+def fake_twin(structure: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy without numbers; tensors that share memory share it in the copy."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return mode.from_tensor(tensor)
+        twin: Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(twin, tensor.requires_grad)
+        return twin
+
+    held = (
+        tensor
+        for module in structure.modules()
+        for owned in (module._parameters, module._buffers, vars(module))
+        for tensor in owned.values()
+        if isinstance(tensor, Tensor)
+    )
+    return duplicate(structure, {id(tensor): fake(tensor) for tensor in held})
+
+
+def forget(mode: FakeTensorMode) -> bool:
+    """Takes the fake tensors of `mode` out of caches; whether none is left anywhere.
+
+    Call it when nothing of the run is needed any more.
+    """
+    for cache in [found for found in gc.get_objects() if isinstance(found, functools._lru_cache_wrapper)]:
+        cache.cache_clear()
+    left = _alive(mode)
+    ours = {id(tensor) for tensor in left}
+    for holder in gc.get_referrers(*left) if left else ():
+        # Not the names of a file or of a class: what stood there before is not known.
+        if isinstance(holder, dict) and not {"__name__", "__module__"} & holder.keys():
+            for key in [key for key, value in holder.items() if id(value) in ours]:
+                del holder[key]
+    del left
+    return not _alive(mode)
+
+
+def _alive(mode: FakeTensorMode) -> list[Any]:
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) is FakeTensor and found.fake_mode is mode]
