@@ -322,7 +322,8 @@ _SHARING = (
         "A layer has one weight: scaled for one call it is scaled for all of them. The calls without this "
         "norm would give s y + t instead of y, with s and t its scale and shift.",
         "Give each place its own module, or leave the group out of the spec. A pair that is always called "
-        "as a pair is folded.",
+        "as a pair is folded, and so is a norm with all the layers that feed it, each listed with it. Where "
+        "the module has several names, `shared: clone` gives each name its own copy.",
     ),
     Reason(
         "shared-weight",
@@ -337,7 +338,8 @@ _SHARING = (
         "A parameter is the same memory as a parameter of another module.",
         "Scaled for one module it is scaled for the other too, which has no norm behind it, or one with "
         "other statistics.",
-        "Untie it (clone the parameter) before fusing, or leave the group out of the spec.",
+        "Untie it (clone the parameter) before fusing, let `shared: clone` do so, or leave the group out of "
+        "the spec.",
     ),
     Reason(
         "functional-layer",
@@ -367,7 +369,8 @@ _TOOL = (
         "not-listed",
         "No group of the spec names the norm.",
         "Only what is listed is fused. That it could be folded is neither said nor denied.",
-        "List it together with the layer that feeds it; 'fusecli inspect' proposes pairs.",
+        "List it together with the layer that feeds it; 'fusecli plan' writes the list, and --discover "
+        "does without one.",
     ),
     Reason(
         "excluded",

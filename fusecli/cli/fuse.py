@@ -30,6 +30,7 @@ def fuse(
     model: options.Model = None,
     inputs: options.Inputs = None,
     target: options.Target = None,
+    shared: options.Shared = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -86,7 +87,9 @@ def fuse(
             fix = "give --spec fuse.yaml, or --discover with --model and --input"
             raise UsageError(Problem("nothing says what to fuse", "fusecli fuse", fix))
         # Before torch is imported: a slip in the spec is told at once.
-        parsed = spec_from_options(spec, model=model, inputs=inputs or (), discover=discover, target=target)
+        parsed = spec_from_options(
+            spec, model=model, inputs=inputs or (), discover=discover, target=target, shared=shared
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent

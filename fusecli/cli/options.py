@@ -53,6 +53,13 @@ Target = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+Shared = Annotated[
+    Optional[Literal["refuse", "clone"]],  # noqa: UP045
+    typer.Option(
+        help="What has several names: refuse to fold it, or clone it for each name that can be folded.",
+        rich_help_panel=_RUN,
+    ),
+]
 Seed = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(

@@ -35,6 +35,7 @@ def plan(
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
     target: options.Target = None,
+    shared: options.Shared = None,
     exclude: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--exclude", metavar="PATTERN", help="Leave what this pattern covers. Repeatable."),
@@ -61,7 +62,7 @@ def plan(
         from fusecli.spec.typed import spec_from_options
 
         parsed = spec_from_options(
-            spec, model=model, inputs=inputs or (), target=target, exclude=exclude or ()
+            spec, model=model, inputs=inputs or (), target=target, exclude=exclude or (), shared=shared
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

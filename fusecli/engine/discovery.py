@@ -5,7 +5,7 @@ It only proposes; the plan decides, by the same audit as for a group that somebo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -42,25 +42,39 @@ def discover(
     run: Run,
     vocabulary: Vocabulary | None = None,
     *,
-    taken: Collection[str] = (),
+    listed: Sequence[Group] = (),
     excluded: Callable[[str], bool] = lambda _: False,
     target: Target = "inference",
 ) -> Offer:
-    """What can be fused besides the modules in `taken`.
+    """What can be fused besides the groups in `listed`.
 
     target  "inference": norms are folded, nothing else moves; "quant": a ReLU goes into a container too
     """
     vocabulary = vocabulary or Vocabulary()
-    search = _Search(Audit(run, tree, vocabulary), set(taken), excluded)
+    taken = {path for group in listed for path in group.modules}
+    search = _Search(Audit(run, tree, vocabulary), taken, excluded)
     groups, left = search.pairs()
-    offered = plan(tree, groups, vocabulary, run)
+    offered = _offered(tree, groups, listed, vocabulary, run)
     if target == "quant":
-        offered = plan(tree, search.with_activations(offered.decisions), vocabulary, run)
+        longer = search.with_activations(offered.decisions)
+        offered = _offered(tree, longer, listed, vocabulary, run)
     for no in offered.refused:
         left[no.group[-1]] = _unfused(search.audit.member(no.group[-1]), no)
     fused = {path for decision in offered.decisions for path in decision.members}
     named = [unfused for path, unfused in left.items() if path not in fused]
     return Offer(replace(offered, refused=()), (*named, *search.functional()))
+
+
+def _offered(
+    tree: ModuleTree, groups: Sequence[Group], listed: Sequence[Group], vocabulary: Vocabulary, run: Run
+) -> Plan:
+    """The plan of `groups`: together with those that are listed, with which they may share a norm."""
+    together = plan(tree, [*listed, *groups], vocabulary, run)
+    ours = {group.modules for group in groups}
+    return Plan(
+        tuple(decision for decision in together.decisions if decision.group.modules in ours),
+        tuple(no for no in together.refused if no.group in ours),
+    )
 
 
 @dataclass

@@ -58,7 +58,9 @@ class Run:
             try:
                 return attempt()
             except Exception as error:  # whatever somebody's forward may raise, or fake tensors cannot do
-                problem = error
+                # In float64 runs what does not in the stored dtype, such as a bfloat16 model that is given
+                # float32 inputs; but what it says in its own dtype is what a user can do something about.
+                problem = error if attempt.args[1] is None else problem
         raise UsageError(
             Problem(
                 f"the model does not run on these inputs: {type(problem).__name__}: {problem}",
@@ -67,9 +69,8 @@ class Run:
             )
         ) from problem
 
-    def _attempts(self, biased: Collection[str]) -> Iterator[Callable[[], Recording]]:
-        """From the cheapest. In float64 runs what does not run in the stored dtype, such as a bfloat16 model
-        that is given float32 inputs. The last error is the one that a user can do something about."""
+    def _attempts(self, biased: Collection[str]) -> Iterator[partial[Recording]]:
+        """From the cheapest."""
         parameters = (p for p in self.structure.parameters() if p.is_floating_point())
         other = any(parameter.dtype is not torch.float32 for parameter in parameters)
         dtypes = (None, torch.float64) if other else (None,)
@@ -77,7 +78,7 @@ class Run:
         if self.fakes and not any(map(_hooked, self.structure.modules())):
             for dtype in dtypes:
                 yield partial(self._with_fakes, biased, dtype)
-        for dtype in reversed(dtypes):
+        for dtype in dtypes:
             yield partial(self._with_numbers, biased, dtype)
 
     def _with_fakes(self, biased: Collection[str], dtype: torch.dtype | None) -> Recording:

@@ -74,7 +74,13 @@ class Recorder(TorchDispatchMode):
             paths.setdefault(id(module), []).append(path)
         self._names = {names[0]: tuple(names) for names in paths.values()}
         self._know(model)
-        handles = [handle for names in paths.values() for handle in self._follow(modules[names[0]], names[0])]
+        firsts = {names[0]: modules[names[0]] for names in paths.values()}
+        handles = [
+            handle
+            for path, module in firsts.items()
+            if not isinstance(module, torch.jit.ScriptModule)  # its ops are those of the module around it
+            for handle in self._follow(module, path)
+        ]
         try:
             with Escapes(self._escape), self:
                 yield

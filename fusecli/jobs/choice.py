@@ -114,9 +114,8 @@ def chosen(
             raise UsageError(Problem("discovery runs the model, and its code is not known", "discover", fix))
         return Choice(modules, asked)
     names = NameTree([path for path in tree.modules if path], spec.exclude)
-    listed = {path for group in asked for path in group.modules}
     try:
-        offer = discover(tree, run, vocabulary, taken=listed, excluded=names.excluded, target=spec.target)
+        offer = discover(tree, run, vocabulary, listed=asked, excluded=names.excluded, target=spec.target)
     except UsageError:
         if spec.discover:
             raise

@@ -24,6 +24,9 @@ def entries(groups: Sequence[Names], names: Collection[str]) -> Iterator[list[st
     """
     families: dict[Names, list[Names]] = {}
     for group in groups:
+        if any("*" in name for name in group):
+            yield [f"  # a name with a * is taken for a pattern: [{', '.join(map(scalar, group))}]"]
+            continue
         families.setdefault(_pattern(group, _holes(group)), []).append(group)
     for family in families.values():
         for pattern, members in _covering(family, _holes(family[0]), names):

@@ -28,6 +28,7 @@ def spec_from_options(
     discover: bool = False,
     target: str | None = None,
     exclude: Sequence[str] = (),
+    shared: str | None = None,
 ) -> Spec:
     """The spec in the file at `path`, or an empty one, with what was typed in place of what it says.
 
@@ -45,6 +46,8 @@ def spec_from_options(
         typed["discover"] = True
     if target is not None:
         typed["target"] = target
+    if shared is not None:
+        typed["shared"] = shared
     if exclude:
         typed["exclude"] = list(exclude)
     given = spec_from_mapping(typed, where="the command line")

@@ -1,0 +1,241 @@
+"""What looks like a group and is none, and what looks like none and is one: each was wrong once."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+import fusecli
+from fusecli.engine import discover, plan
+from fusecli.engine.decisions import Group
+from fusecli.graph.materialise import duplicate
+from fusecli.graph.record import Run
+from fusecli.rewrite import ModuleTree
+from fusecli.sample import Sample
+from tests.equivalence.nets import X, bn, conv, net
+from tests.nets import FrozenBatchNorm2d, randomise
+
+PAIR = ("conv", "bn")
+
+
+def outcome(model: nn.Module, x: Any = X, *groups: list[str]) -> Any:
+    return fusecli.fuse(model, x, groups=list(groups) or [list(PAIR)])
+
+
+def codes(model: nn.Module, x: Any = X) -> list[str]:
+    return [no.code for no in outcome(model, x).refused]
+
+
+def by_size(y: Tensor, z: Tensor) -> Tensor:
+    return z * 2 if y[y > 5].numel() > 10_000 else z
+
+
+READ_IN_A_SHAPE = {
+    "mask": lambda m, x: (lambda y: by_size(y, m.bn(y)))(m.conv(x)),
+    "unique": lambda m, x: (lambda y: m.bn(y) * torch.unique(y).shape[0] ** 0)(m.conv(x)),
+    "nonzero": lambda m, x: (lambda y: m.bn(y) + y.nonzero().shape[1] * 0)(m.conv(x)),
+}
+
+
+@pytest.mark.parametrize("case", READ_IN_A_SHAPE)
+def test_a_shape_that_depends_on_numbers_reads_them(case: str) -> None:
+    assert codes(net(READ_IN_A_SHAPE[case], conv=conv(), bn=bn())) == ["multiple-consumers"]
+
+
+class Domains(nn.Module):
+    """One norm, statistics for each domain: forward puts the right ones into it."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.change = conv(), bn(), change
+        for name in ("mean0", "mean1"):
+            self.register_buffer(name, torch.randn(self.bn.num_features))
+
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        if self.change == "mean":
+            self.bn.running_mean = getattr(self, f"mean{domain}")
+        if self.change == "eps":
+            self.bn.eps = (1e-3, 1.0)[domain]
+        if self.change == "call":
+            mean = {"running_mean": getattr(self, f"mean{domain}")}
+            return torch.func.functional_call(self.bn, mean, (self.conv(x),))
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize("change", ["mean", "eps", "call"])
+def test_a_norm_that_is_given_other_numbers(change: str) -> None:
+    model = randomise(Domains(change), 0)
+    refused = outcome(model).refused
+    assert [no.code for no in refused] == ["written-in-forward"]
+    assert ("eps" if change == "eps" else "running_mean") in refused[0].evidence[0]
+
+
+def test_a_forward_that_was_put_on_the_instance() -> None:
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
+    clamped = lambda self, x: nn.BatchNorm2d.forward(self, x.clamp(-30, 30))  # noqa: E731
+    model.bn.forward = types.MethodType(clamped, model.bn)
+    assert codes(model) == ["not-affine"]
+
+
+class Images:
+    """What DETR calls a NestedTensor: nobody sees a tensor in it."""
+
+    def __init__(self, tensors: Tensor) -> None:
+        self.tensors = tensors
+
+
+def test_an_input_that_hides_its_tensor() -> None:
+    model = net(lambda m, x: m.bn(m.conv(x.tensors)), conv=conv(), bn=bn())
+    run = Run(model, Sample((Images(X),)), lambda: duplicate(model), fakes=False)
+    assert [group.modules for group in discover(ModuleTree(model), run).groups] == [PAIR]
+
+
+class LearnedInput(nn.Module):
+    """The first layer of a StyleGAN: its input is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.const = nn.Parameter(torch.randn(1, 3, 8, 8))
+        self.conv, self.bn = conv(), bn()
+
+    def forward(self, style: Tensor) -> Tensor:
+        return self.bn(self.conv(self.const.expand(style.shape[0], -1, -1, -1))) * style
+
+
+def test_a_learned_input_is_no_weight() -> None:
+    assert outcome(randomise(LearnedInput(), 0), torch.rand(2, 1, 1, 1)).status == "fused"
+
+
+class Standardised(nn.Module):
+    """Batch norm of a weight, which a convolution then applies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.conv.weight.permute(0, 2, 3, 1).reshape(-1, 3)
+        weight = self.bn(flat).reshape(-1, *self.conv.weight.shape[2:], 3).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, padding=1)
+
+
+def test_a_norm_of_weights() -> None:
+    model = randomise(Standardised(), 0)
+    run = Run(model, Sample((X,)), lambda: duplicate(model))
+    left = {norm.module: norm.code for norm in discover(ModuleTree(model), run).left}
+    assert left == {"bn": "norm-on-weights"}
+
+
+@functools.lru_cache
+def grid(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.float32)
+
+
+CACHE: dict[int, Tensor] = {}
+
+
+def cached(size: int) -> Tensor:
+    if size not in CACHE:
+        CACHE[size] = torch.arange(size, dtype=torch.float32)
+    return CACHE[size]
+
+
+@pytest.mark.parametrize("position", [grid, cached])
+def test_no_fake_tensor_stays_in_a_cache(position: Any) -> None:
+    grid.cache_clear()
+    CACHE.clear()
+    model = net(lambda m, x: m.bn(m.conv(x)) + position(8), conv=conv(), bn=bn())
+    run = Run(model, Sample((X,)), lambda: duplicate(model))
+    assert [group.modules for group in discover(ModuleTree(model), run).groups] == [PAIR]
+    assert type(position(8)) is not FakeTensor
+    assert outcome(model).status == "fused"
+    assert type(model(X)) is Tensor
+
+
+def test_models_in_memory_are_recorded_with_their_own_numbers() -> None:
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
+    assert "real tensors" in outcome(model).recording
+
+
+def test_a_forward_that_catches_what_fake_tensors_cannot_do() -> None:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        try:
+            largest = float(y.max())
+        except Exception:
+            largest = 0.0
+        z = m.bn(y)
+        return z * 2 if largest > 1e9 else z
+
+    model = net(wiring, conv=conv(), bn=bn())
+    run = Run(model, Sample((X,)), lambda: duplicate(model))
+    assert not run.recording.fake
+    refused = plan(ModuleTree(model), [Group(PAIR)], run=run).refused
+    assert [no.code for no in refused] == ["multiple-consumers"]
+
+
+def test_the_bias_of_many_layers_is_tried_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(nn.Conv2d):
+        pass
+
+    layers = [(Plain(3, 3, 1, bias=False), nn.BatchNorm2d(3)) for _ in range(5)]
+    model = randomise(nn.Sequential(*(module for pair in layers for module in pair)), 0)
+    runs: list[object] = []
+    recorded = Run._recorded
+    monkeypatch.setattr(Run, "_recorded", lambda self, biased: runs.append(biased) or recorded(self, biased))
+    run = Run(model, Sample((X,)), lambda: duplicate(model))
+    assert len(discover(ModuleTree(model), run).groups) == 5
+    assert len(runs) == 2
+
+
+def test_a_scripted_part_beside_the_group_and_around_it() -> None:
+    with pytest.warns(DeprecationWarning, match="jit"):
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval())
+    model = net(lambda m, x: m.tail(m.bn(m.conv(x))), conv=conv(), bn=bn(), tail=scripted)
+    run = Run(model, Sample((X,)), lambda: duplicate(model), fakes=False)
+    planned = plan(ModuleTree(model), [Group(PAIR), Group(("tail.0", "tail.1"))], run=run)
+    assert [decision.members for decision in planned.decisions] == [PAIR]
+    assert [(no.group, no.code) for no in planned.refused] == [(("tail.0", "tail.1"), "scripted")]
+
+
+def test_a_norm_that_widens_the_dtype() -> None:
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=conv().bfloat16(), bn=FrozenBatchNorm2d(3))
+    assert codes(model, X.bfloat16()) == ["dtype"]
+
+
+def test_a_hook_cannot_follow_a_norm_into_two_layers() -> None:
+    model = net(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=conv(), b=conv(), bn=bn())
+    model.bn.register_forward_hook(lambda module, args, output: None)
+    refused = outcome(model, X, ["a", "bn"], ["b", "bn"]).refused
+    assert {no.code for no in refused} == {"shared-module"}
+    assert "hooks" in refused[0].reason
+
+
+def test_modules_that_ran_through_their_forward_only() -> None:
+    model = net(lambda m, x: m.bn.forward(m.conv.forward(x)), conv=conv(), bn=bn())
+    assert codes(model) == ["functional-layer"]
+
+
+def test_labels_of_a_value_that_is_read_again_and_again() -> None:
+    class Doubling(FrozenBatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            for _ in range(40):
+                scale = (scale + scale) / 2
+            shift = self.bias - self.running_mean * scale
+            return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+    assert outcome(net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=Doubling(3))).status == "fused"
+
+
+def test_discovery_completes_a_norm_that_is_listed_with_one_of_its_layers() -> None:
+    model = net(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=conv(), b=conv(), bn=bn())
+    found = fusecli.fuse(model, X, groups=[["a", "bn"]], discover=True)
+    assert (found.status, [group.modules for group in found.groups]) == ("fused", [("a", "bn"), ("b", "bn")])
