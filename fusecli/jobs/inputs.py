@@ -19,9 +19,7 @@ from fusecli.spec import InputSpec, Spec
 def samples_of(spec: Spec, seed: int, count: int) -> list[Sample]:
     """`count` samples, or one where every input comes from a file; raises UsageError with all problems."""
     if not spec.inputs:
-        fix = (
-            "give --input 1x3x224x224, or inputs: [{shape: [1, 3, 224, 224]}] in the spec, once per argument"
-        )
+        fix = "give --input 1x3x224x224 for each argument, or add inputs: [{shape: [1, 3, 224, 224]}]"
         raise UsageError(Problem("there is a model, but no inputs to run it on", spec.where(()), fix))
     drawn = any(entry.file is None for entry in entries_of(spec.inputs))
     return [_sample(spec, seed + number) for number in range(count if drawn else 1)]

@@ -101,7 +101,7 @@ def test_2_usage(cli, digits, words, said):
         ),
         (
             ("inputs:\n  - {file: heldout.safetensors, key: images}", "# nothing:"),
-            "the spec has a model but no inputs",
+            "there is a model, but no inputs",
             "add inputs",
         ),
     ],
