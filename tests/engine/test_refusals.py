@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fusecli import fuse, fuse_modules
-from fusecli.errors import RefusedError, UsageError
+from fusecli.engine import Group, Vocabulary, plan
+from fusecli.errors import NotFoldable, RefusedError, UsageError
+from fusecli.rewrite import ModuleTree
 from tests import nets
 
 X = nets.images(2, 3, 9, 8)
@@ -116,6 +118,20 @@ def test_a_lazy_layer_has_no_shape_yet() -> None:
     net = nn.Sequential(nn.LazyConv2d(6, 3), nn.BatchNorm2d(6))
     with pytest.raises(RefusedError, match="no shape yet"):
         fuse_modules(net, ["0", "1"])
+
+
+def test_codes_of_what_cannot_be_lifted() -> None:
+    lazy = nn.Sequential(nn.LazyConv2d(6, 3), nn.BatchNorm2d(6))
+    shapeless = nn.Sequential(nets.ForeignConv(3, 6, 3), nn.BatchNorm2d(6)).eval()
+    del shapeless[0].stride
+    treat = Vocabulary(treat={nets.ForeignConv: nn.Conv2d})
+    found = []
+    for net in (lazy, shapeless):
+        (decision,) = plan(ModuleTree(net), [Group(("0", "1"))], treat).decisions
+        with pytest.raises(NotFoldable) as no:
+            decision.rewrite({"0": net[0], "1": net[1]})
+        found.append(no.value.code)
+    assert found == ["uninitialised", "no-geometry"]
 
 
 def test_unknown_names_come_with_the_nearest() -> None:

@@ -176,3 +176,16 @@ def test_a_dropped_activation_in_the_manifest(cli, models, network, name):
     for spec in ((), ("--spec", net.spec, "--allow-code", net.code)):
         ended = cli("verify", checkpoint, "tampered.safetensors", *spec, *ONCE)
         assert (ended.code, ended.report["status"]) == (1, "different")
+
+
+@pytest.mark.parametrize("name", [name for name, net in NETWORKS.items() if net.activation])
+def test_a_list_without_its_norm(cli, models, network, name):
+    """[conv, relu], where a norm stands between them: nothing is absorbed across it."""
+    net = NETWORKS[name]
+    respec(models, net, groups=[[net.pairs[0][0], net.activation]])
+    words = ("fuse", network(net.package, net.file), "--spec", "wrong.yaml", "--allow-code", net.code)
+    ended = cli(*words, "-o", OUT, *ONCE)
+    assert (ended.code, ended.report["status"]) == (4, "refused")
+    assert ended.report["refused"][0]["code"] in ("not-adjacent", "no-rule")
+    assert ended.report["verification"] is None
+    assert not OUT.exists()
