@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fusecli.artifact import load_fused
 from fusecli.checkpoint import Checkpoint, StoredTensor
@@ -335,6 +336,10 @@ def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | N
 
 def _in_memory(model: nn.Module) -> Checkpoint:
     """The model's state dict as the checkpoint that it would be, without a file."""
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        what = f"{', '.join(lazy[:3])} has no shape yet"
+        raise UsageError(Problem(what, "model", "run the model once before it is fused"))
     tensors = {
         name: StoredTensor(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
         for name, tensor in model.state_dict().items()

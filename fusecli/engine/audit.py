@@ -18,7 +18,7 @@ from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, Recording, described
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_exact
 from fusecli.graph.lift import linear_op, require_fixed
-from fusecli.graph.ops import MOVES
+from fusecli.graph.ops import MOVES, RESHAPES
 from fusecli.graph.record import Run
 from fusecli.graph.sites import (
     Site,
@@ -40,10 +40,12 @@ class Found:
 
     passes   the calls of the members that belong together
     reached  for each later member, which of its calls belong to the group
+    caveats  what the recorded sizes could not show
     """
 
     passes: tuple[Pass, ...]
     reached: Mapping[str, frozenset[int]]
+    caveats: tuple[str, ...] = ()
 
 
 @dataclass
@@ -104,8 +106,18 @@ class Audit:
             for bridge, site, target in zip(bridges, sites, reached, strict=True):
                 bridge.append(self._between(before, site, member, target, first.path))
             sites = reached
-        passes = zip(firsts, sites, bridges, strict=True)
-        return Found(tuple(Pass(a.visit, z.visit, tuple(b)) for a, z, b in passes), reached_by)
+        passes = tuple(
+            Pass(a.visit, z.visit, tuple(b)) for a, z, b in zip(firsts, sites, bridges, strict=True)
+        )
+        return Found(passes, reached_by, self._caveats(passes))
+
+    def _caveats(self, passes: Sequence[Pass]) -> tuple[str, ...]:
+        """Where an axis has size 1, a view that moves channels to it looks like one that does not."""
+        crossed = [call for found in passes for bridge in found.bridges for call in bridge]
+        shapes = {self.recording.values[value].shape for call in crossed for value in call.reads}
+        if any(call.name in RESHAPES for call in crossed) and any(1 in shape for shape in shapes):
+            return ("shown for an axis of size 1 only: try inputs in which no axis has size 1",)
+        return ()
 
     def _same_dtype(self, norm: Member, reached: Sequence[Site]) -> None:
         """An identity in the norm's place converts nothing."""

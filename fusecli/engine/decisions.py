@@ -68,6 +68,7 @@ class Decision:
     evidence  whether a recorded run has shown the group, or the list was believed
     passes    the calls of the members that belong together; empty where nothing was recorded
     spared    members that were asked for and stay, with the reason
+    caveats   what the recorded sizes could not show
     """
 
     group: Group
@@ -79,6 +80,7 @@ class Decision:
     evidence: Evidence = Evidence.CLAIMED
     passes: tuple[Pass, ...] = ()
     spared: tuple[Refusal, ...] = ()
+    caveats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class _Planner:
     def _with(self, decision: Decision, found: Found | None) -> Decision:
         if found is None:
             return decision
-        return replace(decision, evidence=Evidence.OBSERVED, passes=found.passes)
+        return replace(decision, evidence=Evidence.OBSERVED, passes=found.passes, caveats=found.caveats)
 
     def _covered(
         self, decided: Sequence[tuple[Decision, Found | None]]

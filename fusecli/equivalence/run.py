@@ -69,7 +69,12 @@ def _double(value: Any) -> Any:
     return value.to(_WIDE[value.dtype]) if isinstance(value, Tensor) and value.dtype in _WIDE else value
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """Sparse tensors compare and add with few others."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
 def changed_buffers(before: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     """Names of the buffers that a run has written to."""
-    now = dict(model.named_buffers())
-    return [name for name, old in before.items() if name in now and not torch.equal(old, now[name])]
+    now = {name: dense(buffer) for name, buffer in model.named_buffers()}
+    return [name for name, old in before.items() if name in now and not torch.equal(dense(old), now[name])]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusecli.equivalence.run import dense
+
 # A custom fuser does its own arithmetic: its tensors may be off by this many units in the last place.
 _FOREIGN_ULPS = 64
 
@@ -33,12 +35,27 @@ def misstored(
 def _holds(exact: Any, stored: Any, folded: bool, foreign: bool) -> bool:
     if isinstance(exact, Tensor) and isinstance(stored, Tensor):
         return holds_fold(exact, stored, folded, foreign)
-    # What a module's get_extra_state answers is no tensor, and nobody folds it.
-    return type(exact) is type(stored) and bool(exact == stored)
+    return _same(exact, stored)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """What a module's get_extra_state answers is no tensor, but may hold some; nobody folds it."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a == b)
 
 
 def holds_fold(exact: Tensor, stored: Tensor, folded: bool, foreign: bool = False) -> bool:
     """Whether `stored` is `exact` in its own dtype, as strictly as `misstored` says."""
+    if exact.layout != stored.layout:
+        return False
+    exact, stored = dense(exact), dense(stored)
     if exact.shape != stored.shape or exact.is_floating_point() != stored.is_floating_point():
         return False
     if not stored.is_floating_point():

@@ -98,7 +98,9 @@ class _Noting(TorchFunctionMode):
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        if value.dtype is torch.float64 and value.layout is torch.strided and value.numel():
+        # What vmap and grad wrap has no numbers of its own.
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+        if value.dtype is torch.float64 and value.layout is torch.strided and value.numel() and not wrapped:
             yield value
     elif isinstance(value, tuple | list):
         for item in value:

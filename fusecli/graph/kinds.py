@@ -89,7 +89,8 @@ def without_statistics(norm: nn.Module) -> tuple[str, str] | None:
     """Reason code and sentence for a norm that computes its statistics from what it is given; else None."""
     if isinstance(norm, BATCH_DEPENDENT):
         return "batch-dependent", f"{type(norm).__name__} normalises by the statistics of each input"
-    if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
+    buffers = dict(norm.named_buffers(recurse=False))  # those of a scripted module are no dict
+    if not {"running_mean", "running_var"} <= buffers.keys():
         if isinstance(norm, _InstanceNorm):
             return (
                 "batch-dependent",

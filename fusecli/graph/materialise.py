@@ -44,13 +44,16 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
     """A deep copy of `model`; `instead` says, by id, what it holds where the original holds something else.
 
     torch copies no tensor that autograd has computed, such as the weight that weight_norm keeps beside its
-    parameters, or an activation that a forward has left behind: of those the copy gets the values.
+    parameters, or an activation that a forward has left behind, and no compressed sparse one: of those the
+    copy gets the values.
     """
     memo: dict[int, object] = dict(instead or {})
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
+            if isinstance(value, Tensor) and id(value) not in memo:
+                copied = value.is_leaf and value.layout in (torch.strided, torch.sparse_coo)
+                if not copied:
+                    memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
 
 

@@ -71,5 +71,5 @@ def expired(watch: Any) -> bool:
 def layout_of(tensor: Tensor) -> Layout:
     try:
         return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
-    except RuntimeError:  # sparse tensors have no strides
+    except (RuntimeError, NotImplementedError):  # sparse tensors have no strides
         return 0, tuple(tensor.shape), (), tensor.dtype

@@ -46,6 +46,10 @@ MOVES = frozenset(
         *("unflatten", "expand", "clone", "contiguous", "_to_copy", "repeat", "slice"),
     )
 )
+# Of the moves, those whose meaning is in the sizes that they are given.
+RESHAPES = frozenset(
+    f"aten.{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "flatten")
+)
 # Of several operands, element by element.
 SUMS = frozenset(f"aten.{name}" for name in ("add", "add_"))
 AFFINE = SUMS | frozenset(

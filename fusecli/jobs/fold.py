@@ -215,7 +215,10 @@ def group_reports(fold: Fold, fused: nn.Module) -> list[GroupReport]:
                     new for key in rewritten if key not in own and (new := keymap(key)) is not None
                 ),
                 kept=decision.kept,
-                notes=tuple(f"{' + '.join(no.group)} stays: {no.reason}" for no in decision.spared),
+                notes=(
+                    *(f"{' + '.join(no.group)} stays: {no.reason}" for no in decision.spared),
+                    *(decision.caveats),
+                ),
             )
         )
     return reports

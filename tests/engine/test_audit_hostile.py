@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fusecli
 from fusecli.engine import discover, plan
 from fusecli.engine.decisions import Group
+from fusecli.errors import UsageError
 from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
 from fusecli.rewrite import ModuleTree
@@ -239,3 +240,42 @@ def test_discovery_completes_a_norm_that_is_listed_with_one_of_its_layers() -> N
     model = net(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=conv(), b=conv(), bn=bn())
     found = fusecli.fuse(model, X, groups=[["a", "bn"]], discover=True)
     assert (found.status, [group.modules for group in found.groups]) == ("fused", [("a", "bn"), ("b", "bn")])
+
+
+def test_sizes_of_one_are_said() -> None:
+    model = net(lambda m, x: m.bn(m.conv(x).reshape(-1, 6)), conv=nn.Conv1d(3, 6, 3), bn=nn.BatchNorm1d(6))
+    (group,) = outcome(model, torch.randn(4, 3, 3)).groups
+    assert "size 1" in group.notes[0]
+    assert codes(model, torch.randn(4, 3, 8)) == ["bn-axis"]
+
+
+def sparse() -> Any:
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
+    model.register_buffer("eye", torch.eye(3).to_sparse())
+    return model
+
+
+def compressed() -> Any:
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
+    with pytest.warns(UserWarning, match="beta"):
+        model.eye = torch.eye(3).to_sparse_csr()
+    return model
+
+
+ODD = {
+    "sparse": sparse,
+    "compressed": compressed,
+    "vmap": lambda: net(lambda m, x: torch.vmap(torch.sum)(m.bn(m.conv(x))), conv=conv(), bn=bn()),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_tensors_beside_the_group(case: str) -> None:
+    assert outcome(ODD[case]()).status == "fused"
+
+
+def test_a_lazy_layer_elsewhere() -> None:
+    model = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
+    model.lazy = nn.LazyLinear(3)
+    with pytest.raises(UsageError, match="no shape yet"):
+        outcome(model)
