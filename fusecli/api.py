@@ -9,20 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from fusecli.artifact import load_fused
-from fusecli.checkpoint import Checkpoint, StoredTensor
 from fusecli.consent import Consent
 from fusecli.engine import (
     CustomFuser,
-    Decision,
     Group,
     Vocabulary,
     compute_all,
     needed,
-    replaced,
-    separate,
 )
 from fusecli.engine import plan as planned_groups
 from fusecli.equivalence.foreign import judge_foreign
@@ -34,13 +29,24 @@ from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import looked, settled
-from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold, weight_range
+from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold
+from fusecli.jobs.in_memory import (
+    apart,
+    applied,
+    as_checkpoint,
+    copied,
+    in_train_mode,
+    names_of,
+    new_biases,
+    require_folds,
+)
 from fusecli.jobs.plan import listing
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.source import Source, vocabulary_of
 from fusecli.jobs.verdicts import STATUS, recorded
-from fusecli.outcome import Judgement, LedgerEntry, Outcome, Proposal, Verdict
-from fusecli.rewrite import Bias, ModuleTree, Rewrite, apply_rewrite
+from fusecli.jobs.weight_ranges import weight_range
+from fusecli.outcome import Judgement, Outcome, Proposal, Verdict
+from fusecli.rewrite import ModuleTree
 from fusecli.sample import Sample
 from fusecli.spec import Spec, read_spec, spec_from_mapping
 from fusecli.spec.model import Shared, Target
@@ -76,15 +82,15 @@ def fuse_modules(
     if fuser_func is not None:
         return _with_fuser_func(model, modules_to_fuse, inplace, fuser_func, additional)
     tree = ModuleTree(model)
-    groups = [Group(g.modules, g.where) for g in bind_lists(modules_to_fuse, _names(tree))]
+    groups = [Group(g.modules, g.where) for g in bind_lists(modules_to_fuse, names_of(tree))]
     planned = planned_groups(tree, groups, _vocabulary(additional))
     rewrites, refused = compute_all(tree, planned.decisions)
     refused = [*planned.refused, *refused]
     if refused:
         raise RefusedError(*(Problem(no.reason, " + ".join(no.group), no.remedy) for no in refused))
-    if training := [entry.where for entry in _train_mode(model)]:
+    if training := [entry.where for entry in in_train_mode(model)]:
         _log.warning("%d modules were in train mode; set to eval: %s", len(training), ", ".join(training))
-    fused, lost = _applied(model, planned.decisions, rewrites, inplace=inplace)
+    fused, lost = applied(model, planned.decisions, rewrites, inplace=inplace)
     for entry in lost:
         _log.warning("%s: %s %s", entry.where, entry.kind, entry.what)
     return fused
@@ -113,18 +119,18 @@ def fuse(
     `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
     """
     read = _spec(spec, groups, discover=discover, target=target, shared=shared)
-    source = Source(_in_memory(model), lambda: duplicate(model))
+    source = Source(as_checkpoint(model), lambda: duplicate(model))
     source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
     sample = Sample.of(inputs)
     asked = [
-        Group(g.modules, g.where) for g in bind_groups(read, _names(ModuleTree(model)), shared_last=True)
+        Group(g.modules, g.where) for g in bind_groups(read, names_of(ModuleTree(model)), shared_last=True)
     ]
     given = model
     model, run, choice = looked(
         read,
         source,
-        lambda: _apart(given, source.owns),
-        lambda: duplicate(_apart(given, source.owns)),
+        lambda: apart(given, source.owns),
+        lambda: duplicate(apart(given, source.owns)),
         sample,
         asked,
         fakes=False,
@@ -140,7 +146,7 @@ def fuse(
         recording=recorded(run),
     )
     try:
-        fold = settled(source, model, choice, run, lambda fold: _require_folds(tree, fold))
+        fold = settled(source, model, choice, run, lambda fold: require_folds(tree, fold))
     except Refused as no:
         return replace(
             before,
@@ -156,12 +162,12 @@ def fuse(
             exit_code=ExitCode.NOTHING,
             unfused=choice.unfused(),
             problems=("the dataflow offers nothing to fold" if read.discover else why,),
-            model=_copy(model),
+            model=copied(model),
         )
     rewrites, _ = compute_all(tree, fold.decisions)
     for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
         fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
-    fused, lost = _applied(model, fold.decisions, rewrites, inplace=False)
+    fused, lost = applied(model, fold.decisions, rewrites, inplace=False)
     verdict, checks = _judged(model, fused, fold, sample, read.verify.seed)
     reports = reported(group_reports(fold, fused), checks)
     verdict = replace(verdict, groups=reports)
@@ -175,31 +181,15 @@ def fuse(
         unfused=choice.unfused(fold.decisions),
         verification=verdict,
         ledger=(
-            *_train_mode(model),
+            *in_train_mode(model),
             *facts.statistics_ledger(source.checkpoint, fold.members),
             *facts.own_ledger(needed(source.owns, fold.decisions)),
-            *_new_biases(tree, rewrites),
+            *new_biases(tree, rewrites),
             *lost,
         ),
-        totals_after=facts.totals(facts.layout_of(_in_memory(fused)), fused),
+        totals_after=facts.totals(facts.layout_of(as_checkpoint(fused)), fused),
         model=fused if verdict.judgement is not Judgement.DIFFERENT else None,
     )
-
-
-def _apart(model: nn.Module, roots: Sequence[str]) -> nn.Module:
-    """The model itself, or a copy in which these modules share nothing with other names."""
-    if not roots:
-        return model
-    apart = duplicate(model)
-    separate(ModuleTree(apart), roots)
-    return apart
-
-
-def _require_folds(tree: ModuleTree, fold: Fold) -> None:
-    """Raises Refused with the groups whose numbers forbid the fold."""
-    _, refused = compute_all(tree, fold.decisions)
-    if refused:
-        raise Refused(refused)
 
 
 def plan(
@@ -216,14 +206,14 @@ def plan(
         {"discover": True, "target": target, "exclude": list(exclude)}, where="fusecli.plan"
     )
     tree = ModuleTree(model)
-    bind_groups(read, _names(tree))  # there are none; an exclude that matches nothing is a slip
-    source = Source(_in_memory(model), lambda: duplicate(model))
+    bind_groups(read, names_of(tree))  # there are none; an exclude that matches nothing is a slip
+    source = Source(as_checkpoint(model), lambda: duplicate(model))
     model, run, choice = looked(
         read, source, lambda: model, lambda: duplicate(model), Sample.of(inputs), (), fakes=False
     )
-    fold = settled(source, model, choice, run, lambda fold: _require_folds(tree, fold))
+    fold = settled(source, model, choice, run, lambda fold: require_folds(tree, fold))
     groups, unfused = choice.groups, choice.unfused(fold.decisions)
-    text = listing(groups, unfused, _names(tree))
+    text = listing(groups, unfused, names_of(tree))
     return Proposal(tuple(group.modules for group in groups), unfused, text, recorded(run))
 
 
@@ -237,9 +227,9 @@ def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0)
     sample = Sample.of(inputs)
     names = ModuleTree(fused).fused_groups
     if not names:
-        return judge_foreign(_copy(original), _copy(fused), sample, seed)
-    original = _apart(original, ModuleTree(fused).own_copies)
-    source = Source(_in_memory(original), lambda: duplicate(original))
+        return judge_foreign(copied(original), copied(fused), sample, seed)
+    original = apart(original, ModuleTree(fused).own_copies)
+    source = Source(as_checkpoint(original), lambda: duplicate(original))
     try:
         run = Run(original, sample, lambda: duplicate(original), fakes=False)
         fold = plan_fold(source, original, [Group(tuple(modules)) for modules in names], run)
@@ -255,14 +245,14 @@ def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0)
 def _judged(
     original: nn.Module, fused: nn.Module, fold: Fold, sample: Sample, seed: int
 ) -> tuple[Verdict, list[GroupCheck]]:
-    plain = _copy(original)
+    plain = copied(original)
 
     def partly_fused(count: int) -> nn.Module:
         return float64_fold(plain, fold.decisions[:count])
 
     subject = Subject(
         original=plain,
-        fused=_copy(fused),
+        fused=copied(fused),
         exact=partly_fused(len(fold.decisions)),
         groups=tuple(decision.members for decision in fold.decisions),
         passes=tuple(decision.passes for decision in fold.decisions),
@@ -271,24 +261,6 @@ def _judged(
         partly_fused=partly_fused,
     )
     return judge(subject, [sample], seed=seed)
-
-
-def _applied(
-    model: nn.Module, decisions: Sequence[Decision], rewrites: Sequence[Rewrite], *, inplace: bool
-) -> tuple[nn.Module, list[LedgerEntry]]:
-    """`model`, or a copy of it, with the rewrites done, and what was lost."""
-    if not inplace:
-        # Weights that get a new value need no copy: until then the copy holds the original's own.
-        new = replaced(rewrites)
-        shared = {id(p): p for name, p in model.named_parameters() if name in new}
-        model = duplicate(model, shared)
-    model.eval()
-    tree = ModuleTree(model)
-    lost = [entry for rewrite in rewrites for entry in apply_rewrite(tree, rewrite)]
-    if decisions:
-        custom = any(decision.custom for decision in decisions)
-        tree.note_groups((decision.group.modules for decision in decisions), custom=custom)
-    return model, lost
 
 
 def _with_fuser_func(
@@ -301,7 +273,7 @@ def _with_fuser_func(
     model = model if inplace else duplicate(model)
     tree = ModuleTree(model)
     made: list[tuple[str, nn.Module]] = []
-    for group in bind_lists(modules_to_fuse, _names(tree)):
+    for group in bind_lists(modules_to_fuse, names_of(tree)):
         modules = list(fuser_func([tree[path] for path in group.modules], False, dict(additional)))
         if len(modules) != len(group.modules):
             message = f"fuser_func returned {len(modules)} modules for {len(group.modules)}"
@@ -332,51 +304,3 @@ def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | N
     return (spec or Spec()).model_copy(
         update={name: value for name, value in given.items() if value is not None}
     )
-
-
-def _in_memory(model: nn.Module) -> Checkpoint:
-    """The model's state dict as the checkpoint that it would be, without a file."""
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        what = f"{', '.join(lazy[:3])} has no shape yet"
-        raise UsageError(Problem(what, "model", "run the model once before it is fused"))
-    tensors = {
-        name: StoredTensor(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
-        for name, tensor in model.state_dict().items()
-        if hasattr(tensor, "dtype")
-    }
-    return Checkpoint(Path("(in memory)"), "in memory", tensors, ())
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    twin = duplicate(model)
-    twin.eval()  # by itself: a class may have a train() that returns nothing
-    return twin
-
-
-def _names(tree: ModuleTree) -> list[str]:
-    return [path for path in tree.modules if path]
-
-
-def _new_biases(tree: ModuleTree, rewrites: Iterable[Rewrite]) -> list[LedgerEntry]:
-    """Parameters that an optimizer or a freezing loop has not seen before."""
-    edits = (edit for rewrite in rewrites for edit in rewrite.edits if isinstance(edit, Bias))
-    layers = [(edit.path, tree[edit.path]) for edit in edits]
-    new = [(path, layer) for path, layer in layers if layer._parameters.get("bias") is None]
-    return [
-        LedgerEntry(
-            "requires-grad",
-            f"{path}.bias",
-            f"a new parameter, requires_grad={weight.requires_grad} as its weight",
-        )
-        for path, layer in new
-        if (weight := layer._parameters.get("weight")) is not None
-    ]
-
-
-def _train_mode(model: nn.Module) -> list[LedgerEntry]:
-    return [
-        LedgerEntry("train-mode", path or "(the model)", "was in train mode; set to eval")
-        for path, module in model.named_modules()
-        if module.training and not any(True for _ in module.children())
-    ]

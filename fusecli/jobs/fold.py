@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusecli.algebra import unpack
-from fusecli.algebra.blocks import BLOCK, undivided
+from fusecli.algebra.blocks import undivided
 from fusecli.checkpoint import write_pt, write_safetensors
 from fusecli.engine import Decision, Group, Plan, compute, owning, plan, refusal
 from fusecli.errors import NotFoldable, UsageError
@@ -25,11 +24,11 @@ from fusecli.graph.materialise import with_tensors
 from fusecli.graph.record import Run
 from fusecli.graph.stand_in import hints_of
 from fusecli.jobs.source import Source
+from fusecli.jobs.weight_ranges import Ranges, weight_range
 from fusecli.outcome import GroupReport, LedgerEntry, Refusal
 from fusecli.rewrite import MANIFEST_KEY, GroupRecord, KeyMap, Manifest, ModuleTree, Rewrite, apply_edits
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-Ranges = tuple[float | None, float | None]
 
 
 class Refused(Exception):
@@ -299,27 +298,6 @@ def _folded(
 def _modules(source: Source, tree: ModuleTree, decision: Decision, *, real: bool) -> Mapping[str, nn.Module]:
     found = {path: tree[path] for path in decision.members}
     return {path: source.member(path, module) for path, module in found.items()} if real else found
-
-
-def weight_range(layer: nn.Module, rewrite: Rewrite, path: str) -> Ranges:
-    """Largest over smallest per-channel |weight|, before and after: what per-tensor int8 would suffer from.
-
-    None where nothing was computed, or every channel is dead.
-    """
-    old, new = layer._parameters.get("weight"), rewrite.tensors.get(f"{path}.weight")
-    if old is None or new is None:
-        return None, None
-    groups, transposed = int(getattr(layer, "groups", 1)), kind_of(layer) == "conv_transpose"
-    return _range(unpack(old.detach(), groups, transposed)), _range(unpack(new, groups, transposed))
-
-
-def _range(weight: Tensor) -> float | None:
-    # Some rows at a time, which stay in the cache for both passes, and no copy.
-    rows = weight.flatten(0, 1).flatten(1)
-    blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
-    largest = torch.cat([torch.maximum(block.amax(1), -block.amin(1)) for block in blocks]).double()
-    alive = largest[largest > 0]
-    return float(alive.max() / alive.min()) if alive.numel() else None
 
 
 def _hints(tree: ModuleTree, decision: Decision) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Models in memory: seen as a checkpoint, copied, taken apart, edited; and what that changes besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fusecli.checkpoint import Checkpoint, StoredTensor
+from fusecli.engine import Decision, compute_all, replaced, separate
+from fusecli.errors import Problem, UsageError
+from fusecli.graph.materialise import duplicate
+from fusecli.jobs.fold import Fold, Refused
+from fusecli.outcome import LedgerEntry
+from fusecli.rewrite import Bias, ModuleTree, Rewrite, apply_rewrite
+
+
+def applied(
+    model: nn.Module, decisions: Sequence[Decision], rewrites: Sequence[Rewrite], *, inplace: bool
+) -> tuple[nn.Module, list[LedgerEntry]]:
+    """`model`, or a copy of it, with the rewrites done, and what was lost."""
+    if not inplace:
+        # Weights that get a new value need no copy: until then the copy holds the original's own.
+        new = replaced(rewrites)
+        shared = {id(p): p for name, p in model.named_parameters() if name in new}
+        model = duplicate(model, shared)
+    model.eval()
+    tree = ModuleTree(model)
+    lost = [entry for rewrite in rewrites for entry in apply_rewrite(tree, rewrite)]
+    if decisions:
+        custom = any(decision.custom for decision in decisions)
+        tree.note_groups((decision.group.modules for decision in decisions), custom=custom)
+    return model, lost
+
+
+def apart(model: nn.Module, roots: Sequence[str]) -> nn.Module:
+    """The model itself, or a copy in which these modules share nothing with other names."""
+    if not roots:
+        return model
+    twin = duplicate(model)
+    separate(ModuleTree(twin), roots)
+    return twin
+
+
+def require_folds(tree: ModuleTree, fold: Fold) -> None:
+    """Raises Refused with the groups whose numbers forbid the fold."""
+    _, refused = compute_all(tree, fold.decisions)
+    if refused:
+        raise Refused(refused)
+
+
+def as_checkpoint(model: nn.Module) -> Checkpoint:
+    """The model's state dict as the checkpoint that it would be, without a file."""
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        what = f"{', '.join(lazy[:3])} has no shape yet"
+        raise UsageError(Problem(what, "model", "run the model once before it is fused"))
+    tensors = {
+        name: StoredTensor(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
+        for name, tensor in model.state_dict().items()
+        if hasattr(tensor, "dtype")
+    }
+    return Checkpoint(Path("(in memory)"), "in memory", tensors, ())
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares nothing with `model`."""
+    twin = duplicate(model)
+    twin.eval()  # by itself: a class may have a train() that returns nothing
+    return twin
+
+
+def names_of(tree: ModuleTree) -> list[str]:
+    """Every name of every module but the model itself."""
+    return [path for path in tree.modules if path]
+
+
+def new_biases(tree: ModuleTree, rewrites: Iterable[Rewrite]) -> list[LedgerEntry]:
+    """Parameters that an optimizer or a freezing loop has not seen before."""
+    edits = (edit for rewrite in rewrites for edit in rewrite.edits if isinstance(edit, Bias))
+    layers = [(edit.path, tree[edit.path]) for edit in edits]
+    new = [(path, layer) for path, layer in layers if layer._parameters.get("bias") is None]
+    return [
+        LedgerEntry(
+            "requires-grad",
+            f"{path}.bias",
+            f"a new parameter, requires_grad={weight.requires_grad} as its weight",
+        )
+        for path, layer in new
+        if (weight := layer._parameters.get("weight")) is not None
+    ]
+
+
+def in_train_mode(model: nn.Module) -> list[LedgerEntry]:
+    """The modules without submodules that have to be set to eval."""
+    return [
+        LedgerEntry("train-mode", path or "(the model)", "was in train mode; set to eval")
+        for path, module in model.named_modules()
+        if module.training and not any(True for _ in module.children())
+    ]
