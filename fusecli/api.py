@@ -43,7 +43,7 @@ from fusecli.jobs.in_memory import (
 from fusecli.jobs.plan import listing
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.source import Source, vocabulary_of
-from fusecli.jobs.verdicts import STATUS, recorded
+from fusecli.jobs.verdicts import STATUS, failures, recorded
 from fusecli.jobs.weight_ranges import weight_range
 from fusecli.outcome import Judgement, Outcome, Proposal, Verdict
 from fusecli.rewrite import ModuleTree
@@ -145,30 +145,35 @@ def fuse(
         environment=facts.environment(),
         recording=recorded(run),
     )
-    try:
-        fold = settled(source, model, choice, run, lambda fold: require_folds(tree, fold))
-    except Refused as no:
-        return replace(
-            before,
-            refused=no.refused,
-            unfused=choice.unfused((), no.refused),
-            ledger=tuple(facts.statistics_ledger(source.checkpoint, choice.names)),
-        )
-    if not fold.decisions:
-        why = "every group is fused already" if fold.done else "no groups were given"
-        return replace(
-            before,
-            status="nothing to fuse",
-            exit_code=ExitCode.NOTHING,
-            unfused=choice.unfused(),
-            problems=("the dataflow offers nothing to fold" if read.discover else why,),
-            model=copied(model),
-        )
-    rewrites, _ = compute_all(tree, fold.decisions)
-    for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
-        fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
-    fused, lost = applied(model, fold.decisions, rewrites, inplace=False)
-    verdict, checks = _judged(model, fused, fold, sample, read.verify.seed)
+    while True:
+        try:
+            fold = settled(source, model, choice, run, lambda fold: require_folds(tree, fold))
+        except Refused as no:
+            return replace(
+                before,
+                refused=no.refused,
+                unfused=choice.unfused((), no.refused),
+                ledger=tuple(facts.statistics_ledger(source.checkpoint, choice.names)),
+            )
+        if not fold.decisions:
+            why = "every group is fused already" if fold.done else "no groups were given"
+            return replace(
+                before,
+                status="nothing to fuse",
+                exit_code=ExitCode.NOTHING,
+                unfused=choice.unfused(),
+                problems=("the dataflow offers nothing to fold" if read.discover else why,),
+                model=copied(model),
+            )
+        rewrites, _ = compute_all(tree, fold.decisions)
+        for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
+            fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
+        fused, lost = applied(model, fold.decisions, rewrites, inplace=False)
+        verdict, checks = _judged(model, fused, fold, sample, read.verify.seed)
+        failed = failures(fold, checks)
+        if verdict.judgement is not Judgement.DIFFERENT or not failed or not choice.may_drop(failed):
+            break
+        choice.drop(failed)  # nobody has asked for them
     reports = reported(group_reports(fold, fused), checks)
     verdict = replace(verdict, groups=reports)
     status, code = STATUS[verdict.judgement]
@@ -184,6 +189,7 @@ def fuse(
             *in_train_mode(model),
             *facts.statistics_ledger(source.checkpoint, fold.members),
             *facts.own_ledger(needed(source.owns, fold.decisions)),
+            *facts.caveat_ledger(fold.decisions),
             *new_biases(tree, rewrites),
             *lost,
         ),

@@ -6,9 +6,11 @@ weights read by nobody else, the norm in inference mode, and the layer's channel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from torch import nn
 
 from fusecli.engine.channels import same_channels
 from fusecli.engine.decisions import Group, Member, Vocabulary
@@ -109,7 +111,17 @@ class Audit:
         passes = tuple(
             Pass(a.visit, z.visit, tuple(b)) for a, z, b in zip(firsts, sites, bridges, strict=True)
         )
-        return Found(passes, reached_by, self._caveats(passes))
+        return Found(passes, reached_by, (*self._caveats(passes), *self._alternatives(others[0])))
+
+    def _alternatives(self, norm: Member) -> Iterator[str]:
+        """Norms beside this one in a list that never ran: other inputs may choose one of them."""
+        parent = norm.path.rpartition(".")[0]
+        if norm.kind not in NORM_KINDS or not isinstance(self.tree[parent], nn.ModuleList | nn.ModuleDict):
+            return
+        for name in self.tree[parent]._modules:
+            other = f"{parent}.{name}" if parent else name
+            if self.member(other).kind in NORM_KINDS and not self.recording.visits_of(other):
+                yield f"{other} never ran: the fold is wrong for inputs that go there instead"
 
     def _caveats(self, passes: Sequence[Pass]) -> tuple[str, ...]:
         """Where an axis has size 1, a view that moves channels to it looks like one that does not."""

@@ -109,6 +109,8 @@ class _Search:
             layers = dict.fromkeys(self._owner(call) for call in calls if call is not None)
         except NotFoldable:
             return []
+        if any(layer and self.excluded(layer) for layer in layers):
+            return []
         return [Group((layer, norm.path)) for layer in layers if layer and layer not in self.taken]
 
     def _members(self) -> Iterator[Member]:

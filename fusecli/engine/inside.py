@@ -121,8 +121,8 @@ def norm_at_work(recording: Recording, member: Member) -> list[Site]:
 
 def _norm_site(recording: Recording, member: Member, visit: Visit, turn: int) -> Site:
     path, flow = member.path, flowing(recording, visit)
-    one = len(visit.takes) == len(visit.gives) == 1
-    require(one, "not-affine", f"{path} does not make one tensor from one tensor", remedy=_TEACH)
+    one = visit.plain and len(visit.takes) == len(visit.gives) == 1
+    require(one, "not-affine", f"{path} does not make one tensor from one tensor alone", remedy=_TEACH)
     (entry,), (given,) = visit.takes, visit.gives
     require(
         not (recording.values[entry].constant and applied_as_weight(recording, given)),

@@ -76,11 +76,12 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Visit:
     """One call of one module: `path` is its first name, `parent` the call of a module that it happened in,
-    `calls` the range of the op calls inside."""
+    `plain` whether it was given one tensor and nothing else, `calls` the range of the op calls inside."""
 
     number: int
     path: str
     parent: int | None
+    plain: bool
     takes: tuple[int, ...]
     gives: tuple[int, ...]
     calls: range
@@ -118,6 +119,17 @@ class Recording:
     def visits_of(self, path: str) -> list[Visit]:
         """The calls of the module that is known as `path`, under whichever name it was called."""
         return self._visits_by_path.get(self.first_name.get(path, path), [])
+
+    def tensors_of(self, path: str) -> list[Value]:
+        """The parameters and buffers of a module, as they were before the run."""
+        return self._tensors_by_owner.get(path, [])
+
+    @cached_property
+    def _tensors_by_owner(self) -> dict[str, list[Value]]:
+        found: dict[str, list[Value]] = {}
+        for name, value in self._named.items():
+            found.setdefault(name.rpartition(".")[0], []).append(value)
+        return found
 
     @cached_property
     def _visits_by_parent(self) -> dict[int | None, list[Visit]]:

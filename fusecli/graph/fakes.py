@@ -41,7 +41,8 @@ def fake_twin(structure: nn.Module, mode: FakeTensorMode) -> nn.Module:
 def forget(mode: FakeTensorMode) -> bool:
     """Takes the fake tensors of `mode` out of caches; whether none is left anywhere.
 
-    Call it when nothing of the run is needed any more.
+    A name that holds one (of a file, a class, an object) holds None afterwards, as most caches begin; entries
+    of dicts and lists are gone. Call it when nothing of the run is needed any more.
     """
     # Not isinstance: some objects answer for their class with code of their own.
     caches = [found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper]
@@ -50,12 +51,26 @@ def forget(mode: FakeTensorMode) -> bool:
     left = _alive(mode)
     ours = {id(tensor) for tensor in left}
     for holder in gc.get_referrers(*left) if left else ():
-        # Not the names of a file or of a class: what stood there before is not known.
-        if isinstance(holder, dict) and not {"__name__", "__module__"} & holder.keys():
-            for key in [key for key, value in holder.items() if id(value) in ours]:
-                del holder[key]
+        if type(holder) is list and holder is not left:
+            holder[:] = [item for item in holder if id(item) not in ours]
+        elif type(holder) is dict:
+            _empty(holder, [key for key, value in holder.items() if id(value) in ours])
+        elif hasattr(holder, "__dict__") and type(holder).__module__ != "builtins":
+            _empty(vars(holder), [key for key, value in vars(holder).items() if id(value) in ours])
     del left
     return not _alive(mode)
+
+
+def _empty(names: dict[str, Any], keys: list[str]) -> None:
+    holders = gc.get_referrers(names)
+    owner = next((o for o in holders if isinstance(o, type) or getattr(o, "__dict__", None) is names), None)
+    for key in keys:
+        if isinstance(owner, type):
+            setattr(owner, key, None)
+        elif owner is not None or "__name__" in names:
+            names[key] = None
+        else:
+            del names[key]
 
 
 def _alive(mode: FakeTensorMode) -> list[Any]:

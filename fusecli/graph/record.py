@@ -92,8 +92,8 @@ class Run:
                 return self._run(recorder, model.to(dtype) if dtype else model, inputs)
         finally:
             model = inputs = None  # type: ignore[assignment]
-            if recorder.kept_outside and not forget(mode):
-                raise RuntimeError("the model's code keeps tensors of a run outside of its modules")
+            if recorder.kept_outside:
+                forget(mode)
 
     def _with_numbers(self, biased: Collection[str], dtype: torch.dtype | None) -> Recording:
         model = self.numbers()

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
 from fusecli.graph.escapes import Escapes
 from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of
+from fusecli.graph.ops import MOVES
 from fusecli.sample import tensors_in
 
 _NO_NUMBERS = (
@@ -38,7 +39,8 @@ _NO_NUMBERS = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-_VIEWS = ("aten.view", "aten._unsafe_view", "aten.transpose", "aten.permute", "aten.squeeze", "aten.t")
+# The very tensor under another name is no step; a view back to a shape that was there before is one.
+_SAME = frozenset({"aten.detach", "aten.alias", "aten.lift_fresh", "aten._to_copy"})
 # What FakeTensors and tensor subclasses ask about themselves; nothing is read.
 _QUESTIONS = ("prim.", "aten.sym_", "aten.is_contiguous", "aten.is_same_size", "aten.is_pinned")
 
@@ -195,9 +197,7 @@ class Recorder(TorchDispatchMode):
             key, watch = key_of(tensor)
             memory = self._memory.get(key)
             known = memory.current.get(layout_of(tensor)) if memory is not None else None
-            # The very tensor under another name, such as y.detach(), is no step; a view back to a shape that
-            # was there before is one.
-            if known is not None and (known in made or name not in _VIEWS):
+            if known is not None and (known in made or name not in MOVES - _SAME):
                 continue
             value = self._value(tensor, number, "", constant, origins)
             made.append(value)
@@ -295,7 +295,9 @@ class Recorder(TorchDispatchMode):
             number, begin = len(self._visits), len(self._calls)
             parent = self._stack[-1] if self._stack else None
             self._stack.append(number)
-            self._visits.append(Visit(number, path, parent, takes, (), range(begin, begin)))
+            alone = isinstance(args[0], Tensor) if len(args) == 1 else kwargs.keys() == {"input"}
+            plain = alone and len(args) + len(kwargs) == 1
+            self._visits.append(Visit(number, path, parent, plain, takes, (), range(begin, begin)))
 
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             if not self._stack or self._visits[self._stack[-1]].path != path:

@@ -80,12 +80,10 @@ def layer_sites(recording: Recording, path: str) -> list[Site]:
 
 def strangers(recording: Recording, path: str) -> list[Call]:
     """Op calls outside of the module's own forward that read its parameters or buffers."""
-    names = (f"{path}.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
-    values = [value.number for name in names if (value := recording.named(name)) is not None]
     return [
         call
-        for value in values
-        for call, _ in reads_through(recording, value)
+        for value in recording.tensors_of(path)
+        for call, _ in reads_through(recording, value.number)
         if visit_of(recording, call, path) is None
     ]
 

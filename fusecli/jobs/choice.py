@@ -59,6 +59,11 @@ class Choice:
     def drop(self, refused: Iterable[Refusal]) -> None:
         self.dropped |= {refusal.group: refusal for refusal in refused}
 
+    @property
+    def fell_short(self) -> bool:
+        """Whether a group that somebody has asked for failed the proof."""
+        return not self.may_drop([no for no in self.dropped.values() if no.code == "dropped"])
+
     def may_drop(self, refused: Iterable[Refusal]) -> bool:
         """Whether nobody has asked for these groups: what was only discovered may turn out to be unsound."""
         asked = {group.modules for group in self.asked}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fusecli.checkpoint import Checkpoint, sha256_file
+from fusecli.engine import Decision
 from fusecli.graph.kinds import norms
 from fusecli.jobs.fold import Layout
 from fusecli.outcome import FileFacts, LedgerEntry, Totals, Unfused
@@ -90,6 +91,15 @@ def tie_ledger(checkpoint: Checkpoint, kept: Collection[str]) -> list[LedgerEntr
         LedgerEntry("tie", tie[0], f"is the same memory as {', '.join(tie[1:])}; written under each name")
         for tie in checkpoint.ties
         if set(tie) <= set(kept)
+    ]
+
+
+def caveat_ledger(decisions: Iterable[Decision]) -> list[LedgerEntry]:
+    """What the recorded run could not show."""
+    return [
+        LedgerEntry("assumed", decision.members[0], caveat)
+        for decision in decisions
+        for caveat in decision.caveats
     ]
 
 

@@ -181,8 +181,9 @@ class _Job:
                     return self._refused(outcome, choice, no.refused)
                 choice.drop(no.refused)
                 continue
-            failed = failures(fold, checks) if self.request.keep_going else []
-            if outcome.exit_code is not ExitCode.DIFFERENT or not failed or outcome.output is not None:
+            failed = failures(fold, checks)
+            wanted = self.request.keep_going or choice.may_drop(failed)
+            if outcome.exit_code is not ExitCode.DIFFERENT or not (failed and wanted) or outcome.output:
                 return outcome
             choice.drop(failed)
             skeleton, _ = self._structure()  # the other one has been edited
@@ -240,6 +241,7 @@ class _Job:
             ledger = self.assumed + self.source.ledger + facts.statistics_ledger(checkpoint, fold.members)
             ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
             ledger += facts.own_ledger(needed(self.source.owns, fold.decisions))
+            ledger += facts.caveat_ledger(fold.decisions)
             ledger += apply_to_skeleton(fold)
             spared = tuple(no for decision in fold.decisions for no in decision.spared)
             outcome = replace(
@@ -270,7 +272,7 @@ class _Job:
     def _finish(self, outcome: Outcome, stage: Staged, choice: Choice) -> Outcome:
         if outcome.exit_code is not ExitCode.OK:
             return replace(outcome, output=None)  # what was proven wrong is gone
-        if any(no.code == "dropped" for no in choice.dropped.values()):
+        if choice.fell_short:
             outcome = replace(outcome, status="partly fused", exit_code=ExitCode.DIFFERENT)
         if self.request.dry_run:
             return replace(
@@ -304,7 +306,7 @@ class _Job:
             why = "the spec lists no groups"
             step = "add groups to the spec; 'fusecli plan' writes them where the model's code is at hand"
         problems = [why, *self._missed(unfused)]
-        failed = any(no.code == "dropped" for no in choice.dropped.values())
+        failed = choice.fell_short
         code = ExitCode.REFUSED if problems[1:] else ExitCode.DIFFERENT if failed else ExitCode.NOTHING
         return replace(
             outcome,

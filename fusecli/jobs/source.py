@@ -25,6 +25,8 @@ from fusecli.spec import Spec
 from fusecli.spec.groups import GroupSpec
 from fusecli.spec.wildcards import bind_groups
 
+_BUILT = "_fusecli_built"  # on a model that a factory has made
+
 
 @dataclass
 class Source:
@@ -169,6 +171,10 @@ def _factory(spec: Spec, consent: Consent) -> Callable[[], nn.Module] | None:
         if not isinstance(model, nn.Module):
             message = f"the factory {reference} returned {type(model).__name__}, not an nn.Module"
             raise UsageError(Problem(message, where, "name a class or a function that builds the model"))
+        if _BUILT in vars(model):
+            message = f"the factory {reference} returns the same object each time"
+            raise UsageError(Problem(message, where, "let it build a new model in each call"))
+        vars(model)[_BUILT] = True
         return model
 
     return build

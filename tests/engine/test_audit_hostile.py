@@ -148,10 +148,46 @@ def cached(size: int) -> Tensor:
     return CACHE[size]
 
 
-@pytest.mark.parametrize("position", [grid, cached])
+class Helper:
+    """A class and an object that keep a grid, as many models have one."""
+
+    of_class: Tensor | None = None
+
+    def __init__(self) -> None:
+        self.of_object: Tensor | None = None
+
+
+HELPER, LISTED = Helper(), []  # type: ignore[var-annotated]
+GLOBAL: Tensor | None = None
+
+
+def of_class(size: int) -> Tensor:
+    if Helper.of_class is None:
+        Helper.of_class = torch.arange(size, dtype=torch.float32)
+    return Helper.of_class
+
+
+def of_object(size: int) -> Tensor:
+    if HELPER.of_object is None:
+        HELPER.of_object = torch.arange(size, dtype=torch.float32)
+    return HELPER.of_object
+
+
+def of_list(size: int) -> Tensor:
+    if not LISTED:
+        LISTED.append(torch.arange(size, dtype=torch.float32))
+    return LISTED[0]
+
+
+def of_file(size: int) -> Tensor:
+    global GLOBAL
+    if GLOBAL is None:
+        GLOBAL = torch.arange(size, dtype=torch.float32)
+    return GLOBAL
+
+
+@pytest.mark.parametrize("position", [grid, cached, of_class, of_object, of_list, of_file])
 def test_no_fake_tensor_stays_in_a_cache(position: Any) -> None:
-    grid.cache_clear()
-    CACHE.clear()
     model = net(lambda m, x: m.bn(m.conv(x)) + position(8), conv=conv(), bn=bn())
     run = Run(model, Sample((X,)), lambda: duplicate(model))
     assert [group.modules for group in discover(ModuleTree(model), run).groups] == [PAIR]
@@ -279,3 +315,53 @@ def test_a_lazy_layer_elsewhere() -> None:
     model.lazy = nn.LazyLinear(3)
     with pytest.raises(UsageError, match="no shape yet"):
         outcome(model)
+
+
+def test_discovery_leaves_the_other_layers_of_a_norm_that_are_excluded() -> None:
+    model = net(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=conv(), b=conv(), bn=bn())
+    spec = {"groups": [["a", "bn"]], "discover": True, "exclude": ["b"]}
+    assert [no.code for no in fusecli.fuse(model, X, spec=spec).refused] == ["shared-module"]
+
+
+def test_a_view_back_to_an_earlier_shape_is_a_step() -> None:
+    model = net(lambda m, x: m.bn(m.conv(x).unsqueeze(0)), conv=conv(), bn=bn())
+    assert outcome(model, X[0]).status == "fused"
+
+
+ASKED = {
+    "dtype": lambda m, x: m.bn(m.conv(x.to(m.bn.weight.dtype))),
+    "features": lambda m, x: m.bn(m.conv(x)).view(x.shape[0], m.bn.num_features, -1),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_a_discovered_group_that_the_proof_rejects_is_left_out(case: str) -> None:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        return ASKED[case](m, m.relu(m.bn0(m.conv0(x))))
+
+    layers = {"conv0": conv(), "bn0": bn(), "relu": nn.ReLU(), "conv": conv(), "bn": bn()}
+    found = fusecli.fuse(net(wiring, **layers), X, discover=True)
+    assert (found.status, [group.modules for group in found.groups]) == ("fused", [("conv0", "bn0")])
+    assert [(norm.module, norm.code) for norm in found.unfused] == [("bn", "dropped")]
+
+
+def test_a_norm_that_is_given_more_than_a_tensor() -> None:
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return super().forward(x) * scale
+
+    assert codes(net(lambda m, x: m.bn(m.conv(x), scale=2.0), conv=conv(), bn=Scaled(3))) == ["not-affine"]
+
+
+def test_a_tensor_of_the_norm_that_the_model_reads() -> None:
+    wiring = lambda m, x: m.bn(m.conv(x)) * (m.bn.num_batches_tracked >= 0)  # noqa: E731
+    assert codes(net(wiring, conv=conv(), bn=bn())) == ["shared-weight"]
+
+
+def test_norms_beside_it_that_never_ran_are_said() -> None:
+    model = net(lambda m, x: m.bns[0](m.conv(x)), conv=conv(), bns=nn.ModuleList([bn(), bn()]))
+    found = outcome(model, X, ["conv", "bns.0"])
+    assert found.status == "fused"
+    assert [entry.what for entry in found.ledger if entry.kind == "assumed"] == [
+        "bns.1 never ran: the fold is wrong for inputs that go there instead"
+    ]
