@@ -12,6 +12,15 @@ import torch
 
 from tests.nets import randomise
 
+# Every fold of the digits network, in the order of its run.
+PAIRS = [
+    ["stem.conv", "stem.bn"],
+    ["down.depthwise", "down.bn"],
+    ["blocks.0.conv", "blocks.0.bn"],
+    ["blocks.1.conv", "blocks.1.bn"],
+    ["up.conv", "up.bn"],
+    ["head.linear", "head.bn"],
+]
 PAIR = """
 from collections import OrderedDict
 from torch import nn

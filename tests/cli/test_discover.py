@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusecli
-from tests.cli.conftest import PAIR, Project, edit, spoil, wrong_fold
+from tests.cli.conftest import PAIR, PAIRS, Project, edit, spoil, wrong_fold
 from tests.conftest import Cli, Run
 
 RUN = ("--model", "net.py:build", "--input", "heldout.safetensors:images")
@@ -22,14 +22,6 @@ SPEC = ("--spec", "fuse.yaml", *ALLOW)
 FUSE = ("fuse", "model.pt", *SPEC)
 JSON = ("--report", "json=-")
 FUSED = Path("model.fused.safetensors")
-PAIRS = [
-    ["stem.conv", "stem.bn"],
-    ["down.depthwise", "down.bn"],
-    ["blocks.0.conv", "blocks.0.bn"],
-    ["blocks.1.conv", "blocks.1.bn"],
-    ["up.conv", "up.bn"],
-    ["head.linear", "head.bn"],
-]
 RELU = [*PAIRS[0], "stem.relu"]
 
 

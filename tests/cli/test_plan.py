@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fusecli.spec import Spec, read_spec
-from tests.cli.conftest import PAIR, Project, edit, spoil
+from tests.cli.conftest import PAIR, PAIRS, Project, edit, spoil
 from tests.conftest import Cli
 
 INPUT = ("--input", "heldout.safetensors:images")
@@ -20,14 +20,6 @@ PLAN = (*GIVEN, *INPUT)
 SMALL = (*GIVEN, "--input", "2x3x8x8")
 ALLOW = ("--allow-code", "net.py")
 FOUND = Path("found.yaml")
-PAIRS = [
-    ["stem.conv", "stem.bn"],
-    ["down.depthwise", "down.bn"],
-    ["blocks.0.conv", "blocks.0.bn"],
-    ["blocks.1.conv", "blocks.1.bn"],
-    ["up.conv", "up.bn"],
-    ["head.linear", "head.bn"],
-]
 RELUS = {"stem.bn": "stem.relu", "head.bn": "head.relu"}
 
 
