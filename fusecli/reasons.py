@@ -387,7 +387,7 @@ _TOOL = (
     ),
     Reason(
         "dropped",
-        "Its group failed verification, and --keep-going left it out.",
+        "Its group failed verification and was left out: a discovered one by itself, else by --keep-going.",
         "The fused group did not compute what the original does. The file was made and proven without it.",
         "Correct the pairing of the group, or leave it out of the spec; without --keep-going the failure is "
         "the verdict.",

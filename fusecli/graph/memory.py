@@ -70,6 +70,11 @@ def expired(watch: Any) -> bool:
 
 def layout_of(tensor: Tensor) -> Layout:
     try:
-        return int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
+        return int(tensor.storage_offset()), shape_of(tensor), tensor.stride(), tensor.dtype
     except (RuntimeError, NotImplementedError):  # sparse tensors have no strides
-        return 0, tuple(tensor.shape), (), tensor.dtype
+        return 0, shape_of(tensor), (), tensor.dtype
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The sizes of a tensor; of a nested one, which has none of its own, no sizes."""
+    return () if tensor.is_nested else tuple(tensor.shape)

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
 from fusecli.graph.escapes import Escapes
-from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of
+from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of, shape_of
 from fusecli.graph.ops import MOVES
 from fusecli.sample import tensors_in
 
@@ -248,9 +248,7 @@ class Recorder(TorchDispatchMode):
         self, tensor: Tensor, made_by: int | None, name: str, constant: bool, origins: frozenset[str]
     ) -> int:
         number = len(self._values)
-        self._values.append(
-            Value(number, tuple(tensor.shape), tensor.dtype, made_by, name, constant, origins)
-        )
+        self._values.append(Value(number, shape_of(tensor), tensor.dtype, made_by, name, constant, origins))
         return number
 
     def _note(

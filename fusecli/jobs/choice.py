@@ -21,7 +21,7 @@ from fusecli.spec.names import NameTree
 
 # A norm that is left for one of these reasons could have been folded.
 FOLDABLE_LEFT = frozenset({"not-listed", "excluded", "held-back"})
-# These are no part of a percentage: nothing folds them, or nobody knows.
+# These are no part of a percentage: they keep no statistics, so nothing folds them.
 _NEVER = frozenset({"batch-dependent", "no-statistics"})
 
 

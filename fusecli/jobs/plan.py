@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from fusecli.checkpoint import open_checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group
 from fusecli.errors import ExitCode, Problem, UsageError
+from fusecli.graph.materialise import duplicate
+from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import looked, settled
 from fusecli.jobs.entries import entries
-from fusecli.jobs.fold import apply_to_skeleton, group_reports, try_fold
+from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, try_fold
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.source import folder_of, source_of
 from fusecli.jobs.verdicts import recorded
-from fusecli.outcome import Outcome, Unfused
+from fusecli.outcome import Outcome, Refusal, Unfused
 from fusecli.plain import visible
-from fusecli.rewrite import ModuleTree
+from fusecli.rewrite import ModuleTree, Rewrite, apply_edits
 from fusecli.spec import Spec
 from fusecli.spec.wildcards import bind_groups
 
@@ -71,7 +74,7 @@ def plan_file(
         names = [path for path in ModuleTree(skeleton).modules if path]
         bind_groups(spec, names)  # there are none; an exclude that matches nothing is a slip
         tick("trying the folds")
-        fold = settled(source, skeleton, choice, run, try_fold)
+        fold = settled(source, skeleton, choice, run, lambda fold: _try(fold, run))
         unfused = choice.unfused(fold.decisions)
         text = _written(request, spec, choice.groups, unfused, names)
         apply_to_skeleton(fold)
@@ -90,6 +93,30 @@ def plan_file(
                 outcome, status="nothing to fuse", problems=("the dataflow offers nothing to fold",)
             )
         return outcome, text
+
+
+def _try(fold: Fold, run: Run) -> None:
+    """Folds and forgets, and runs the edited model; raises Refused with the groups that allow neither."""
+    try_fold(fold)
+    if any(decision.custom for decision in fold.decisions) or _runs(run, fold.rewrites):
+        return
+    found = zip(fold.decisions, fold.rewrites, strict=True)
+    broken = [decision for decision, rewrite in found if not _runs(run, [rewrite])]
+    reason = "forward does not run with it fused: it asks the modules for something that is then gone"
+    if broken:
+        raise Refused([Refusal(d.group.modules, "dropped", reason, d.rule) for d in broken])
+
+
+def _runs(run: Run, rewrites: Sequence[Rewrite]) -> bool:
+    def edited(model: nn.Module) -> nn.Module:
+        twin = duplicate(model)
+        apply_edits(ModuleTree(twin), [edit for rewrite in rewrites for edit in rewrite.edits])
+        return twin
+
+    try:
+        return Run(edited(run.structure), run.sample, lambda: edited(run.numbers())).recording is not None
+    except UsageError:
+        return False
 
 
 def _written(

@@ -454,3 +454,28 @@ def test_a_whole_pickled_module(cli: Cli, project: Project) -> None:
     assert ended.code == 0
     _, *step = ended.report["next_step"].split()
     assert cli(*step).code == 0
+
+
+def test_a_group_that_forward_cannot_do_without_is_left(cli: Cli, project: Project) -> None:
+    """forward asks the norm for its dtype: an identity has no weight."""
+    project(
+        """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.conv, self.bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.bn(self.conv(self.n(self.a(x)).relu().to(self.bn.weight.dtype)))
+
+build = Net
+"""
+    )
+    ended = cli("plan", "model.pt", "--model", "net.py:build", "--input", "2x3x8x8")
+    assert ended.code == 0, ended.err
+    assert "  - [a, n]" in ended.out.splitlines()
+    assert "[conv, bn]" not in ended.out
+    assert "#   dropped:" in ended.out

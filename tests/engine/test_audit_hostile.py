@@ -365,3 +365,14 @@ def test_norms_beside_it_that_never_ran_are_said() -> None:
     assert [entry.what for entry in found.ledger if entry.kind == "assumed"] == [
         "bns.1 never ran: the fold is wrong for inputs that go there instead"
     ]
+
+
+def test_nested_tensors_beside_the_group() -> None:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        y = m.bn(m.conv(x))
+        return torch.nested.nested_tensor([y[0].flatten(1), y[1].flatten(1)]).to_padded_tensor(0.0)
+
+    model = net(wiring, conv=conv(), bn=bn())
+    run = Run(model, Sample((X[:2],)), lambda: duplicate(model), fakes=False)
+    assert not run.recording.fake
+    assert any("nested" in call.name for call in run.recording.calls)
