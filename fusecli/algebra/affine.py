@@ -16,12 +16,15 @@ class ChannelAffine:
     """y[n, c, ...] = scale[c] * x[n, c, ...] + shift[c], in float64.
 
     Shapes: scale [c], shift [c]. Every value is finite, except on meta tensors, which have none.
+    shifts: whether there is a shift at all. Where there is none by construction (a gain, a LayerScale) no
+    layer needs a bias for it, and that is known without numbers; the shift is then 0.
     Raises TypeError unless both are float64; NotFoldable "shape" when they are not two vectors of
     one length, "bad-statistics" when a value is NaN or infinite.
     """
 
     scale: Tensor
     shift: Tensor
+    shifts: bool = True
 
     def __post_init__(self) -> None:
         if not self.scale.dtype == self.shift.dtype == torch.float64:
@@ -40,6 +43,17 @@ class ChannelAffine:
     @property
     def channels(self) -> int:
         return self.scale.shape[0]
+
+    def spread(self, channels: Tensor, *, shifts: bool = True) -> ChannelAffine:
+        """This map on another list of channels: entry i is that of channel `channels[i]`, or the identity
+        where that is negative. Without `shifts` the scales alone.
+        """
+        present = (channels >= 0).to(self.scale.device)
+        at = channels.clamp(min=0).to(self.scale.device)
+        scale = torch.where(present, self.scale[at], 1.0)
+        shifts = shifts and self.shifts
+        shift = torch.where(present, self.shift[at], 0.0) if shifts else torch.zeros_like(scale)
+        return ChannelAffine(scale, shift, shifts)
 
     def __call__(self, x: Tensor) -> Tensor:
         """s x + t, in float64. x is [n, c, *spatial]."""

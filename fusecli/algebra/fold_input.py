@@ -16,7 +16,7 @@ def fold_input(op: LinearOp, f: ChannelAffine, dtype: torch.dtype = torch.float6
     """W . f = (W s) x + (W t + b): the one layer that computes op(f(x)).
 
     Shapes: op.weight [g, o, i, *k], f of g*i channels; W t sums over i and every tap of *k. The
-    result has a bias if `op` has one or t is not 0.
+    result has a bias if `op` has one or f shifts and the geometry passes that on.
     Exact when t is 0, and when every output reads all taps of real input: no padding, or padding
     that repeats input (reflect, replicate, circular), because s x + t of a repeated x is repeated
     too. Zero padding is not s 0 + t, and a transposed conv gives each output a different subset of
@@ -34,7 +34,7 @@ def fold_input(op: LinearOp, f: ChannelAffine, dtype: torch.dtype = torch.float6
     per_input = (groups, 1, inputs, *[1] * op.rank)
     weight = scaled(op.weight, f.scale.view(per_input), dtype)
     bias = None if op.bias is None else op.bias.double()
-    if passes_shift(op, f.shift, "the shift of the affine map"):
+    if f.shifts and passes_shift(op, f.shift, "the shift of the affine map"):
         carried = applied(op.weight, f.shift.view(per_input))
         bias = carried if bias is None else carried + bias
     return LinearOp(weight, None if bias is None else round_once(bias, dtype), op.geometry)
@@ -43,12 +43,13 @@ def fold_input(op: LinearOp, f: ChannelAffine, dtype: torch.dtype = torch.float6
 def passes_shift(op: LinearOp, shift: Tensor, what: str) -> bool:
     """Whether `shift` [g*i], a constant added to every input of `op`, reaches its output as a constant.
 
-    False when there is nothing to pass on; raises NotFoldable when there is and `op` does not.
+    False where `op` passes none on and there is none; raises NotFoldable where there is one.
     """
     border, scatter = op.geometry.zero_bordered, op.geometry.transposed and not op.pointwise
-    if shift.is_meta:
-        return not (border or scatter)
-    if not bool(shift.any()):
+    # By the geometry alone where that permits: which tensors a layer has must not depend on their numbers.
+    if not (border or scatter):
+        return True
+    if shift.is_meta or not bool(shift.any()):
         return False
     channel = int(shift.nonzero()[0])
     evidence = (f"{what} is {shift[channel].item():.6g} on channel {channel}",)
