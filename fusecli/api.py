@@ -262,6 +262,7 @@ def _judged(
         exact=partly_fused(len(fold.decisions)),
         groups=tuple(decision.members for decision in fold.decisions),
         passes=tuple(decision.passes for decision in fold.decisions),
+        regions=tuple(decision.region for decision in fold.decisions),
         folded=fold.folded,
         foreign=fold.foreign,
         partly_fused=partly_fused,

@@ -51,6 +51,22 @@ _TOPOLOGY = (
         "Nothing has to be done: the norm stays and computes what it did.",
     ),
     Reason(
+        "no-linear-consumer",
+        "What the norm gives is read by something that could not take it over: an activation, a sum, the "
+        "model's output.",
+        "A norm with nothing to fold into before it may fold into the layers after it, if all of its readers "
+        "are layers: W (s x + t) = (W s) x + W t. An activation in between sees other numbers.",
+        "Nothing has to be done: the norm stays and computes what it did.",
+    ),
+    Reason(
+        "bare-identity",
+        "A branch of a sum is the input itself, added by an operator: there is no module that could give a "
+        "zero instead.",
+        "The sum W x + x is (W + I) x, but forward would go on to add x: fusecli replaces modules, it does not "
+        "rewrite forward, and (W + I) x + x is another function.",
+        "Give the branch a module of its own (nn.Identity) in the class, or leave the group out.",
+    ),
+    Reason(
         "not-executed",
         "The recorded run never called the module, so that nothing is known about it.",
         "What feeds it, on which axis its channels are and who reads its output is unknown. A wrong fold "
@@ -223,6 +239,21 @@ _MATHEMATICS = (
         "Two transposed convolutions whose outputs are added have different output paddings.",
         "It is part of how long the output is, and one layer has only one of them: the sum could be longer "
         "or shorter than what the model adds up.",
+        "Keep both layers.",
+    ),
+    Reason(
+        "fixed-size",
+        "The fold needs a layer with another kernel or other channels, and its class is one whose code is not "
+        "known.",
+        "Such a class may have used its sizes when it was built, for a mask or a padding of its own: the "
+        "larger weight would meet the old ones.",
+        "Keep both layers.",
+    ),
+    Reason(
+        "grows",
+        "One layer would have more parameters than the two that it stands for.",
+        "It would compute the same, and need more memory and more operations: a bottleneck of 4 channels "
+        "between 256 and 256 is 2048 numbers, their product is 65536.",
         "Keep both layers.",
     ),
     Reason(

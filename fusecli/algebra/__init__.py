@@ -17,7 +17,7 @@ from fusecli.algebra.fold_input import fold_input
 from fusecli.algebra.fold_output import fold_output
 from fusecli.algebra.geometry import Geometry
 from fusecli.algebra.layout import pack, unpack
-from fusecli.algebra.linear_op import LinearOp
+from fusecli.algebra.linear_op import LinearOp, diagonal
 from fusecli.algebra.rounding import round_once
 from fusecli.algebra.sum_parallel import sum_parallel
 
@@ -27,6 +27,7 @@ __all__ = [
     "LinearOp",
     "batch_norm",
     "compose",
+    "diagonal",
     "fold_input",
     "fold_output",
     "pack",

@@ -55,6 +55,17 @@ class ChannelAffine:
         shift = torch.where(present, self.shift[at], 0.0) if shifts else torch.zeros_like(scale)
         return ChannelAffine(scale, shift, shifts)
 
+    def after(self, first: ChannelAffine) -> ChannelAffine:
+        """This map of `first`: s (s1 x + t1) + t = (s s1) x + (s t1 + t)."""
+        require(
+            self.channels == first.channels,
+            "shape",
+            f"a map of {self.channels} channels cannot follow one of {first.channels}",
+        )
+        return ChannelAffine(
+            self.scale * first.scale, self.scale * first.shift + self.shift, self.shifts or first.shifts
+        )
+
     def __call__(self, x: Tensor) -> Tensor:
         """s x + t, in float64. x is [n, c, *spatial]."""
         if x.shape[1] != self.channels:

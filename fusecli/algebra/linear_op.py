@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusecli.algebra.affine import ChannelAffine
 from fusecli.algebra.geometry import Geometry
 from fusecli.algebra.layout import pack
 from fusecli.errors import require
@@ -102,3 +103,15 @@ class LinearOp:
         crop = [before for before, _ in at.padding]
         run = _CONV_TRANSPOSE[self.rank]
         return run(x, storage, bias, at.stride, crop, at.output_padding, self.groups, at.dilation)
+
+
+def diagonal(f: ChannelAffine, groups: int, rank: int) -> LinearOp:
+    """The layer that computes f: weight [g, o, i, 1, ...] with the scale where o = i and 0 elsewhere, bias t.
+
+    A kernel of 1 with stride 1 and no padding; `f` has g*o channels and o = i. Source: Ding et al. 2021
+    (RepVGG), section 3.3. Raises NotFoldable "shape" where the channels do not divide into the groups.
+    """
+    require(f.channels % groups == 0, "shape", f"{f.channels} channels do not divide into {groups} groups")
+    weight = torch.diag_embed(f.scale.view(groups, -1)).view(groups, f.channels // groups, -1, *[1] * rank)
+    still, unpadded = (1,) * rank, ((0, 0),) * rank
+    return LinearOp(weight, f.shift if f.shifts else None, Geometry(still, unpadded, still))

@@ -33,6 +33,16 @@ def plan(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="The spec to write. Default: it is printed."),
     ] = None,
+    graph: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--graph", help="Also draw what stands around each norm, as SVG: fused, or left and why."
+        ),
+    ] = None,
+    around: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--graph-around", metavar="NAME", help="Draw only around this module. Repeatable."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
     target: options.Target = None,
     shared: options.Shared = None,
@@ -51,12 +61,14 @@ def plan(
 
     fusecli plan model.pt --model net.py:Net --input 1x3x224x224 -o fuse.yaml
     """
-    reports = Reports.parse(report or [], quiet, [checkpoint, spec, output])
+    reports = Reports.parse(report or [], quiet, [checkpoint, spec, output, graph])
 
     if output is None and reports.takes_stdout:
         raise UsageError(
             Problem("the spec goes to stdout already", "--report", "give -o, or the report a path")
         )
+    if around and graph is None:
+        raise UsageError(Problem("there is no picture", "--graph-around", "add --graph out.svg"))
 
     def work() -> Outcome:
         from fusecli.spec.typed import spec_from_options
@@ -71,13 +83,20 @@ def plan(
             from fusecli.jobs.plan import PlanRequest, plan_file
 
             reports.spare(protected(parsed))
-            if output is not None:
-                _free(output, force, [checkpoint, *protected(parsed)])
+            read = [checkpoint, *protected(parsed)]
+            for path, taken in ((output, read), (graph, [*read, *filter(None, [output])])):
+                if path is not None:
+                    _free(path, force, taken)
             folder = output.parent if output is not None else Path.cwd()
-            request = PlanRequest(checkpoint, parsed, folder, allow_pickle, seed)
+            drawn = tuple(around or ()) if graph is not None else None
+            request = PlanRequest(checkpoint, parsed, folder, allow_pickle, seed, drawn)
             with dialogue(quiet) as person:
                 consent = Consent.gather(options.trusted(allow_code, model), person.asker)
-                outcome, text = plan_file(request, consent, person.tick)
+                outcome, text, picture = plan_file(request, consent, person.tick)
+        if graph is not None and picture is not None:
+            from fusecli.report import as_svg
+
+            write_text(graph, as_svg(picture))
         if output is not None:
             return _written(outcome, text, request, output, consent.words)
         reports.product.append(text)

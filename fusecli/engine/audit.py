@@ -33,6 +33,7 @@ from fusecli.rewrite import ModuleTree
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _TEACH = "teach it with extra_mappings (treat, or sequence and fuser) or leave it out"
+SIZE_ONE = "shown for an axis of size 1 only: try inputs in which no axis has size 1"
 _ALONE = "leave the group out, or give each place its own module and train again"
 
 
@@ -62,7 +63,7 @@ class Audit:
         self.recording: Recording = self.run.recording
 
     @cached_property
-    def _unbiased(self) -> list[str]:
+    def unbiased(self) -> list[str]:
         """Layers without a bias whose class is not known: would they add one?"""
         return [
             path
@@ -128,7 +129,7 @@ class Audit:
         crossed = [call for found in passes for bridge in found.bridges for call in bridge]
         shapes = {self.recording.values[value].shape for call in crossed for value in call.reads}
         if any(call.name in RESHAPES for call in crossed) and any(1 in shape for shape in shapes):
-            return ("shown for an axis of size 1 only: try inputs in which no axis has size 1",)
+            return (SIZE_ONE,)
         return ()
 
     def _same_dtype(self, norm: Member, reached: Sequence[Site]) -> None:
@@ -193,7 +194,7 @@ class Audit:
             return sites
         if member.kind in NORM_KINDS:
             return norm_at_work(self.recording, member)
-        return layer_at_work(self.run, member, self._unbiased)
+        return layer_at_work(self.run, member, self.unbiased)
 
     def _linked(
         self, before: Member, sites: Sequence[Site], member: Member, following: Sequence[Site], layer: str

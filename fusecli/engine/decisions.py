@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fusecli.equivalence.groups import Pass
+from fusecli.equivalence.regions import Region
 from fusecli.errors import NotFoldable
 from fusecli.graph.kinds import kind_of
 from fusecli.outcome import Evidence, Refusal
@@ -19,11 +20,15 @@ Modules = Mapping[str, nn.Module]
 
 @dataclass(frozen=True)
 class Group:
-    """Names to fuse, where they were written, and what the spec says that no module or tensor can."""
+    """Names to fuse, where they were written, and what the spec says that no module or tensor can.
+
+    rules  the rules that may be used for it; None: all
+    """
 
     modules: tuple[str, ...]
     where: str = ""
     hints: Mapping[str, Any] = field(default_factory=dict)
+    rules: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,10 @@ class Decision:
     """How one group is fused: `members` take part in the rule, `kept` stay where they are.
 
     custom    a user's fuser does it, and has to be given real tensors
+    probe     proves members whose class is not known, where the group is no chain; raises NotFoldable
     evidence  whether a recorded run has shown the group, or the list was believed
     passes    the calls of the members that belong together; empty where nothing was recorded
+    region    the part of the run that a group is which is no chain
     spared    members that were asked for and stay, with the reason
     caveats   what the recorded sizes could not show
     """
@@ -77,8 +84,10 @@ class Decision:
     members: tuple[str, ...]
     kept: tuple[str, ...] = ()
     custom: bool = False
+    probe: Callable[[Modules], None] | None = field(default=None, compare=False, repr=False)
     evidence: Evidence = Evidence.CLAIMED
     passes: tuple[Pass, ...] = ()
+    region: Region | None = None
     spared: tuple[Refusal, ...] = ()
     caveats: tuple[str, ...] = ()
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fusecli.engine.audit import Audit
-from fusecli.engine.decisions import Decision, Group, Member, Plan, Vocabulary
+from fusecli.engine.decisions import Decision, Group, Member, Plan, Vocabulary, refusal
 from fusecli.engine.inside import norm_at_work
 from fusecli.engine.planning import plan
+from fusecli.engine.uses import Uses
+from fusecli.engine.waves import TELLING, Search
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call
 from fusecli.graph.kinds import LAYER_KINDS, NORM_KINDS, without_statistics
@@ -58,6 +60,7 @@ def discover(
     if target == "quant":
         longer = search.with_activations(offered.decisions)
         offered = _offered(tree, longer, listed, vocabulary, run)
+    offered = search.widened(offered, left, lambda found: _offered(tree, found, listed, vocabulary, run))
     for no in offered.refused:
         left[no.group[-1]] = _unfused(search.audit.member(no.group[-1]), no)
     fused = {path for decision in offered.decisions for path in decision.members}
@@ -176,6 +179,40 @@ class _Search:
             evidence=(self.audit.recording.described(call), *sorted(origins)[:3]),
             remedy="store the weight it is computed to, as a plain parameter",
         )
+
+    def widened(
+        self, offered: Plan, left: dict[str, Unfused], planned: Callable[[Sequence[Group]], Plan]
+    ) -> Plan:
+        """With what is no chain: a chain that takes part in it becomes part of that group."""
+        chains = [decision.group for decision in offered.decisions]
+        folded = [path for group in chains for path in group.modules]
+        search = Search(self.audit, Uses(self.audit.tree), self._may, strict=True)
+        parts = [{path for step in wave for path in step.paths} for wave in search.waves(folded)]
+        for path, no in search.refused.items():
+            if path in left and no.code in TELLING:
+                member = self.audit.member(path)
+                left[path] = _unfused(member, refusal(Group((path,)), no))
+        for group in self._joined(chains, parts):
+            whole = planned([*(c for c in chains if not set(c.modules) & set(group.modules)), group])
+            if any(no.group == group.modules for no in whole.refused):
+                continue
+            refused = (*offered.refused, *whole.refused)
+            offered, chains = replace(whole, refused=refused), [d.group for d in whole.decisions]
+        return offered
+
+    def _joined(self, chains: Sequence[Group], parts: Sequence[set[str]]) -> Iterator[Group]:
+        """The parts that share modules, with each other or with chains, as one group in the order of the run."""
+        pools: list[set[str]] = []
+        acting = [{p for p in group.modules if self.audit.member(p).kind != "relu"} for group in chains]
+        for part in parts:
+            together = set(part).union(*(chain for chain in acting if chain & part))
+            touching = [pool for pool in pools if pool & together]
+            pools = [pool for pool in pools if not pool & together] + [together.union(*touching)]
+        for pool in pools:
+            yield Group(tuple(sorted(pool, key=lambda path: (self.audit.start(path), path))))
+
+    def _may(self, path: str) -> bool:
+        return path not in self.taken and not self.excluded(path)
 
     def with_activations(self, decisions: Collection[Decision]) -> list[Group]:
         """The groups with the ReLU that follows each, and ReLUs that follow a layer or a norm alone."""

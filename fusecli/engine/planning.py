@@ -15,8 +15,10 @@ from fusecli.engine.audit import Audit, Found
 from fusecli.engine.decisions import Decision, Group, Member, Modules, Plan, Vocabulary, refusal
 from fusecli.engine.fusers import opaque
 from fusecli.engine.uses import Uses
+from fusecli.engine.steps import Wave
+from fusecli.engine.waves import Search, wide
 from fusecli.errors import NotFoldable, Problem, UsageError, require
-from fusecli.graph.kinds import FOLDABLE, NORM_KINDS, is_norm, without_statistics
+from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_norm, without_statistics
 from fusecli.graph.record import Run
 from fusecli.outcome import Evidence, Refusal
 from fusecli.rewrite import ModuleTree, Rewrite
@@ -55,12 +57,15 @@ class _Planner:
             kinds = [self.vocabulary.kind(module) for module in modules]
             if _is_fused(modules) or (group.modules in earlier and not any(map(is_norm, modules))):
                 done.append(group)
-            elif not self.vocabulary.fuser(modules) and (slip := _wrong_order(group, kinds)):
-                slips.append(slip)
-            else:
-                try:
-                    decided.append(self._decide(group, modules))
-                except NotFoldable as no:
+                continue
+            slip = None if self.vocabulary.fuser(modules) else _wrong_order(group, kinds)
+            try:
+                decided.append(self._decide(group, modules))
+            except NotFoldable as no:
+                # With a run at hand it may be a norm that feeds a layer, and be refused for another reason.
+                if slip and no.code not in _BACKWARD:
+                    slips.append(slip)
+                else:
                     refused.append(refusal(group, no))
         if slips:
             raise UsageError(*slips)
@@ -80,6 +85,29 @@ class _Planner:
             found = self._observed(group, members, custom=True)
             decision = Decision(group, custom.name, opaque(custom, group.modules), group.modules, custom=True)
             return self._with(decision, found), found
+        try:
+            return self._chain(group, members)
+        except NotFoldable as no:
+            if self.audit is None or not self.audit.ran(group):
+                raise
+            return self._wide(self.audit, group, members, no), None
+
+    def _wide(self, audit: Audit, group: Group, members: Sequence[Member], no: NotFoldable) -> Decision:
+        """The decision for members that are no chain; raises the more telling of two refusals, of which `no` is
+        that of the chain."""
+        search = Search(audit, self.uses, set(group.modules).__contains__, rules=group.rules)
+        waves = search.waves()
+        used = {path for wave in waves for step in wave for path in step.paths}
+        left = [member.path for member in members if member.path not in used and member.kind != "nothing"]
+        if left or not waves or not _in_order(group, waves):
+            said = [search.refused[path] for path in left if path in search.refused]
+            kinds = {member.kind for member in members}
+            joined = no.code == "no-rule" and kinds & LAYER_KINDS and kinds & NORM_KINDS
+            telling = [one for one in said if joined or one.code in _BACKWARD]
+            raise telling[0] if telling else no
+        return wide(audit.recording, group, waves)
+
+    def _chain(self, group: Group, members: Sequence[Member]) -> tuple[Decision, Found | None]:
         # An identity or a dropout between two members does nothing at inference; it stays where it is.
         acting = [member for member in members if member.kind != "nothing"]
         rule, taken = _chosen(acting)
@@ -192,9 +220,21 @@ def _chosen(acting: Sequence[Member]) -> tuple[Rule, Sequence[Member]]:
     return rule, acting[: len(rule.pattern)]
 
 
+def _in_order(group: Group, waves: Sequence[Wave]) -> bool:
+    """Whether a norm is listed behind the layers that it is folded into, or before them, as it is in the run."""
+    place = {path: number for number, path in enumerate(group.modules)}
+    moved = [step for wave in waves for step in wave if step.rule.equation in ("fold_output", "fold_input")]
+    return all(place[step.paths[0]] < place[step.paths[1]] for step in moved)
+
+
+# Why a norm does not go into the layer after it: then the list was no slip of the pen.
+_BACKWARD = ("padding-border", "transposed-shift", "tied-weights")
+
+
 @cache
 def _rule_for(kinds: tuple[str, ...]) -> Rule | None:
-    return next((rule for rule in all_rules() if rule.matches(kinds)), None)
+    fitting = [rule for rule in all_rules() if rule.listed and rule.matches(kinds)]
+    return max(fitting, key=lambda rule: len(rule.pattern), default=None)
 
 
 def _no_rule(members: Sequence[Member]) -> NotFoldable:
@@ -219,7 +259,8 @@ def _wrong_order(group: Group, kinds: Sequence[str]) -> Problem | None:
     by_rank = tuple(sorted(kinds, key=lambda kind: order.get(kind, -1)))
     if -1 in ranks or list(group.modules) == right or len(set(ranks)) != len(ranks):
         return None
-    if not any(rule.matches(by_rank) and len(rule.pattern) == len(kinds) for rule in all_rules()):
+    listed = [rule for rule in all_rules() if rule.listed and len(rule.pattern) == len(kinds)]
+    if not any(rule.matches(by_rank) for rule in listed):
         return None
     return Problem(
         f"group [{', '.join(group.modules)}] is in the wrong order ({' -> '.join(kinds)})",

@@ -17,13 +17,13 @@ from fusecli.sample import Sample
 def measure_drift(subject: Subject, sample: Sample, seed: int, reference: Any, found: Findings) -> None:
     """Runs both models as they are stored; `reference` is what the original answers in float64."""
 
-    def tell(number: int, turn: int, inputs: Sample, output: Any) -> None:
+    def tell(number: int, turn: int, inputs: Any, output: Any) -> None:
         check = found.checks[number]
         if math.isfinite(check.difference.error) and not check.trouble:
             check.stored(turn, inputs, output)
 
     try:
-        with observed(subject.original, subject.groups, subject.passes, tell):
+        with observed(subject.original, subject.groups, subject.passes, tell, subject.shapes):
             original = run(subject.original, sample, seed=seed)
     except Incomparable:
         raise

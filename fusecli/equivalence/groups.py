@@ -15,13 +15,15 @@ from torch import nn
 
 from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare, floating_error
 from fusecli.equivalence.noise import dtype_of, tolerance
+from fusecli.equivalence.regions import Region
 from fusecli.equivalence.run import float64_arithmetic
 from fusecli.graph.dataflow import Call
 from fusecli.graph.labels import moved
 from fusecli.outcome import Judgement
 from fusecli.sample import Sample, cast
 
-Observer = Callable[[int, int, Sample, Any], None]
+Inputs = Sample | Sequence[Sample]  # of a chain those of its first member, of a region those of every call
+Observer = Callable[[int, int, Any, Any], None]
 _PERTURBATION = 0.01
 
 
@@ -45,12 +47,15 @@ Bridges = tuple[tuple[Call, ...], ...]
 @dataclass
 class GroupCheck:
     """What was seen of one group, call by call. `exact` and `fused` are its modules after the fold, in
-    float64 and in the stored dtype, to be run in a row, with the bridges of `passes` between them."""
+    float64 and in the stored dtype, to be run in a row, with the bridges of `passes` between them; or as
+    `region` says, where the group is no chain. `before` are the modules before it, in both dtypes."""
 
     members: tuple[str, ...]
     exact: Sequence[nn.Module]
     fused: Sequence[nn.Module]
     passes: Passes = ()
+    region: Region | None = None
+    before: tuple[Sequence[nn.Module], Sequence[nn.Module]] = ((), ())
     calls: int = 0
     order: int | None = None
     difference: Difference = field(default_factory=Difference)
@@ -63,28 +68,28 @@ class GroupCheck:
     _perturbed: list[nn.Module] = field(default_factory=list, repr=False)
 
     @torch.no_grad()  # the forward around may have enabled gradients
-    def semantic(self, turn: int, inputs: Sample, observed: Any) -> None:
+    def semantic(self, turn: int, inputs: Inputs, observed: Any) -> None:
         """Float64: the fused group on the input of the first member, against the output of the last."""
         self.calls += 1
-        bridges = self._bridges(turn)
         with float64_arithmetic():
-            difference = _against(observed, self.exact, inputs, bridges)
+            observed = self._shown(self.before[0], inputs, observed)
+            difference = self._against(observed, self.exact, inputs, turn)
             if difference.undefined:
                 self.undefined = True
                 return
             self.difference = self.difference.worse(difference)
             if self.noticed <= TOLERANCE:
-                noisy = _against(observed, self._noisy(), inputs, bridges)
+                noisy = self._against(observed, self._noisy(), inputs, turn)
                 self.noticed = max(self.noticed, noisy.error)
 
     @torch.no_grad()
-    def stored(self, turn: int, inputs: Sample, observed: Any) -> None:
+    def stored(self, turn: int, inputs: Inputs, observed: Any) -> None:
         """Stored dtype: the errors of both groups against float64 on the very same input."""
-        bridges = self._bridges(turn)
+        observed = self._shown(self.before[1], inputs, observed)
         with float64_arithmetic():
-            reference = _chain(self.exact, inputs.copy(torch.float64), bridges)
+            reference = self._result(self.exact, _copied(inputs, torch.float64), turn)
         noise = floating_error(reference, observed)
-        drift = _against(reference, self.fused, inputs, bridges).error
+        drift = self._against(reference, self.fused, inputs, turn).error
         self.noise_floor = max(self.noise_floor or 0.0, noise or 0.0)
         self.drift = max(self.drift or 0.0, drift)
 
@@ -120,6 +125,25 @@ class GroupCheck:
             return "the inputs do not notice weights that are off by 1 %"
         return ""
 
+    def _shown(self, modules: Sequence[nn.Module], inputs: Inputs, observed: Any) -> Any:
+        if self.region is None or isinstance(inputs, Sample):
+            return observed
+        return self.region.shown(dict(zip(self.members, modules, strict=True)), inputs, observed)
+
+    def _result(self, modules: Sequence[nn.Module], inputs: Inputs, turn: int) -> Any:
+        if self.region is not None and not isinstance(inputs, Sample):
+            return self.region.of(dict(zip(self.members, modules, strict=True)), inputs)
+        assert isinstance(inputs, Sample)
+        return _chain(modules, inputs, self._bridges(turn))
+
+    def _against(self, observed: Any, modules: Sequence[nn.Module], inputs: Inputs, turn: int) -> Difference:
+        try:
+            return compare(observed, self._result(modules, _copied(inputs), turn))
+        except (Incomparable, LookupError) as odd:
+            raise Incomparable(str(odd)) from odd
+        except Exception as error:  # whatever a forward may raise on an input that does not fit it
+            return Difference(math.inf, "", f"the fused group raises {type(error).__name__}: {error}")
+
     def _bridges(self, turn: int) -> Bridges:
         known = next((found for found in self.passes if found.first == turn), None)
         return (known or self.passes[-1]).bridges if self.passes else ()
@@ -140,15 +164,8 @@ class GroupCheck:
         return self._perturbed
 
 
-def _against(
-    observed: Any, modules: Sequence[nn.Module], inputs: Sample, bridges: Bridges = ()
-) -> Difference:
-    try:
-        return compare(observed, _chain(modules, inputs.copy(), bridges))
-    except Incomparable:
-        raise
-    except Exception as error:  # whatever a forward may raise on an input that does not fit it
-        return Difference(math.inf, "", f"the fused group raises {type(error).__name__}: {error}")
+def _copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    return inputs.copy(dtype) if isinstance(inputs, Sample) else [sample.copy(dtype) for sample in inputs]
 
 
 def _chain(modules: Sequence[nn.Module], inputs: Sample, bridges: Bridges = ()) -> Any:
@@ -169,7 +186,11 @@ def _across(call: Call, output: Any) -> Any:
 
 @contextmanager
 def observed(
-    model: nn.Module, groups: Sequence[tuple[str, ...]], passes: Sequence[Passes], tell: Observer
+    model: nn.Module,
+    groups: Sequence[tuple[str, ...]],
+    passes: Sequence[Passes],
+    tell: Observer,
+    regions: Sequence[Region | None] = (),
 ) -> Iterator[list[str]]:
     """Inside, every pass through a group of the running `model` is told: `tell(group, turn, input, output)`,
     where `turn` counts the calls of the first member.
@@ -181,15 +202,18 @@ def observed(
     was).
     """
     shares = Counter(group[-1] for group in groups)
-    watches = [
-        _Watch(
+    shapes = regions or [None] * len(groups)
+    watches: list[_Watch | _RegionWatch] = [
+        _RegionWatch(number, region, tell)
+        if region is not None
+        else _Watch(
             number,
             group,
             shares[group[-1]] > 1,
             {found.last: found.first for found in pairs} or None,
             tell,
         )
-        for number, (group, pairs) in enumerate(zip(groups, passes, strict=True))
+        for number, (group, pairs, region) in enumerate(zip(groups, passes, shapes, strict=True))
     ]
     trouble = [""] * len(groups)
     handles = [handle for watch in watches for handle in watch.hooks(model)]
@@ -253,4 +277,52 @@ class _Watch:
             return f"{self.group[-1]} ran before {self.group[0]}"
         if self.waiting:
             return f"{self.group[0]} ran {len(self.waiting)} times more often than {self.group[-1]}"
+        return ""
+
+
+@dataclass
+class _RegionWatch:
+    """A group that is no chain: what goes into and out of each call of its members, until all were seen."""
+
+    number: int
+    region: Region
+    tell: Observer
+    entered: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+    inputs: dict[tuple[str, int], Sample] = field(default_factory=dict)
+    outputs: dict[tuple[str, int], Any] = field(default_factory=dict)
+    done: bool = False
+
+    def hooks(self, model: nn.Module) -> Iterator[Any]:
+        for path in self.region.watched:
+            module = model.get_submodule(path)
+            yield module.register_forward_pre_hook(self._entering(path), prepend=True, with_kwargs=True)
+            yield module.register_forward_hook(self._leaving(path))
+
+    def _entering(self, path: str) -> Callable[..., None]:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.inputs[path, self.entered[path]] = Sample(args, kwargs).copy()
+            self.entered[path] += 1
+
+        return enter
+
+    def _leaving(self, path: str) -> Callable[..., None]:
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            self.outputs[path, self.left[path]] = cast(output, None)
+            self.left[path] += 1
+            wanted = self.region.order
+            if not self.done and all(call in self.outputs for call in wanted):
+                self.done = True
+                inputs, outputs = (
+                    [self.inputs[call] for call in wanted],
+                    [self.outputs[call] for call in wanted],
+                )
+                self.tell(self.number, 0, inputs, outputs)
+
+        return leave
+
+    def trouble(self) -> str:
+        expected = Counter(path for path, _ in self.region.order)
+        if any(self.left.values()) and self.left != expected:
+            raise Incomparable("members of a group were called more or less often than in the recorded run")
         return ""

@@ -29,8 +29,15 @@ def judge(
     """
     original, fused = duplicate(subject.original).double(), with_exact_tensors(subject)
     checks = [
-        GroupCheck(group, _modules(fused, group), _modules(subject.fused, group), passes)
-        for group, passes in zip(subject.groups, subject.passes, strict=True)
+        GroupCheck(
+            group,
+            _modules(fused, group),
+            _modules(subject.fused, group),
+            passes,
+            region,
+            (_modules(original, group), _modules(subject.original, group)),
+        )
+        for group, passes, region in zip(subject.groups, subject.passes, subject.shapes, strict=True)
     ]
     found = Findings(checks, narrowest(subject.original.parameters()))
     stored = subject.fused.state_dict()

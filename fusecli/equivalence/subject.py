@@ -9,6 +9,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from fusecli.equivalence.groups import Passes
+from fusecli.equivalence.regions import Region
 from fusecli.graph.materialise import duplicate
 
 
@@ -20,6 +21,7 @@ class Subject:
     exact             the original in float64 with the same fold, not rounded
     groups            the members of every group, by path
     passes            for each group, the calls that belong together (see equivalence.groups.observed)
+    regions           for each group that is no chain, the part of the recorded run that it is
     folded, foreign   state-dict keys of the fold, and of them those a custom fuser computed
     partly_fused      builds `exact` with the first n groups only, to find the one that breaks the whole
     """
@@ -31,7 +33,21 @@ class Subject:
     passes: tuple[Passes, ...]
     folded: Collection[str] = ()
     foreign: Collection[str] = ()
+    regions: tuple[Region | None, ...] = ()
     partly_fused: Callable[[int], nn.Module] | None = None
+
+    @property
+    def shapes(self) -> tuple[Region | None, ...]:
+        """`regions`, one for each group."""
+        return self.regions or (None,) * len(self.groups)
+
+    @property
+    def spans(self) -> tuple[tuple[str, str], ...]:
+        """For each group the module whose call begins it and the one whose return ends it."""
+        return tuple(
+            (group[0], group[-1]) if region is None else (region.order[0][0], region.ends_in)
+            for group, region in zip(self.groups, self.shapes, strict=True)
+        )
 
 
 def with_exact_tensors(subject: Subject) -> nn.Module:

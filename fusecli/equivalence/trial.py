@@ -64,21 +64,23 @@ class Trial:
 
     def _followed(self, model: nn.Module) -> tuple[Trail, Any]:
         """The trail of a run with other random numbers than the first, and its output."""
-        with followed(model, self.subject.groups) as trail:
+        with followed(model, self.subject.spans) as trail:
             output = run(model, self.sample, seed=self.seed + _OTHER_SEED, dtype=torch.float64)
         return trail, output
 
     def _observed(self) -> Any:
         found = self.found
 
-        def tell(number: int, turn: int, inputs: Sample, output: Any) -> None:
+        def tell(number: int, turn: int, inputs: Any, output: Any) -> None:
             check = found.checks[number]
             check.semantic(turn, inputs, output)
             if check.order is None:
                 check.order = sum(other.order is not None for other in found.checks)
 
         try:
-            with observed(self.original, self.subject.groups, self.subject.passes, tell) as trouble:
+            with observed(
+                self.original, self.subject.groups, self.subject.passes, tell, self.subject.shapes
+            ) as trouble:
                 reference = run(self.original, self.sample, seed=self.seed, dtype=torch.float64)
         except Incomparable:
             raise

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from fusecli.algebra import ChannelAffine, Geometry, LinearOp, batch_norm, pack, unpack
 from fusecli.errors import require
-from fusecli.graph.kinds import without_statistics
+from fusecli.graph.kinds import is_exact, without_statistics
 
 _REMEDY = "make the {} an ordinary tensor first (torch.nn.utils.{}) and save the checkpoint again"
 
@@ -64,6 +64,31 @@ def lowered(path: str, op: LinearOp) -> dict[str, Tensor]:
     if op.bias is not None:
         tensors[f"{path}.bias"] = op.bias
     return tensors
+
+
+def sizes_of(op: LinearOp, path: str, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The attributes that a Conv1-3d, ConvTranspose1-3d or Linear needs to have the sizes of `op`."""
+    at, old = op.geometry, linear_op(layer, transposed=op.geometry.transposed).geometry
+    require(
+        is_exact(layer) and (at.padding_mode == old.padding_mode or not at.padded),
+        "fixed-size",
+        f"{path} is a {type(layer).__name__}, whose sizes cannot be changed",
+        remedy="keep both layers",
+    )
+    even = all(before == after for before, after in at.padding)
+    require(
+        even, "not-aligned", f"{path} would have to pad unevenly: {at.padding}", remedy="keep both layers"
+    )
+    if at.rank == 0:
+        return {"in_features": (op.in_channels,), "out_features": (op.out_channels,)}
+    return {
+        "in_channels": (op.in_channels,),
+        "out_channels": (op.out_channels,),
+        "kernel_size": op.kernel,
+        "stride": at.stride,
+        "padding": tuple(before for before, _ in at.padding),
+        "dilation": at.dilation,
+    }
 
 
 def refuse_parametrized(module: nn.Module) -> None:

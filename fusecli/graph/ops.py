@@ -36,6 +36,12 @@ BATCH_DEPENDENT = frozenset(
     f"aten.{name}"
     for name in ("native_layer_norm", "native_group_norm", "layer_norm", "group_norm", "_fused_rms_norm")
 )
+# Of them, those that end in a gain, and where its weight and bias stand among the arguments.
+GAINS: dict[str, tuple[int, ...]] = {
+    "aten.native_layer_norm": (2, 3),
+    "aten.native_group_norm": (1, 2),
+    "aten._fused_rms_norm": (2,),
+}
 
 # Every element of the result is one of the argument's, unchanged but for its dtype.
 MOVES = frozenset(
@@ -44,6 +50,31 @@ MOVES = frozenset(
         *("view", "_unsafe_view", "reshape", "_reshape_alias", "alias", "detach", "lift_fresh"),
         *("t", "transpose", "permute", "movedim", "swapaxes", "unsqueeze", "squeeze", "flatten"),
         *("unflatten", "expand", "clone", "contiguous", "_to_copy", "repeat", "slice"),
+    )
+)
+# Moves that take apart, pick, or put elements in another order: one value may become several.
+SELECTIONS = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("split", "split_with_sizes", "chunk", "unbind", "select", "narrow", "index_select"),
+        *("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "flip", "roll"),
+        *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
+        *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
+        *("replication_pad1d", "replication_pad2d", "replication_pad3d"),
+    )
+)
+JOINS = frozenset({"aten.cat"})
+# Each element of the result is a mean of the argument's elements, with weights that add up to one: unless a
+# padding is counted, which the labels show.
+AVERAGES = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("avg_pool1d", "avg_pool2d", "avg_pool3d", "mean"),
+        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
+        *("adaptive_avg_pool3d", "_adaptive_avg_pool3d"),
+        *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
+        *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
+        *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa"),
     )
 )
 # Of the moves, those whose meaning is in the sizes that they are given.

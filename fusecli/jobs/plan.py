@@ -23,9 +23,11 @@ from fusecli.jobs.choice import looked, settled
 from fusecli.jobs.entries import entries
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, try_fold
 from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.picture import check_around, picture_of
 from fusecli.jobs.source import folder_of, source_of
 from fusecli.jobs.verdicts import recorded
 from fusecli.outcome import Outcome, Refusal, Unfused
+from fusecli.picture import Picture
 from fusecli.plain import visible
 from fusecli.rewrite import ModuleTree, Rewrite, apply_edits
 from fusecli.spec import Spec
@@ -39,6 +41,7 @@ class PlanRequest:
     """One call of `fusecli plan`; `spec` says how the model is built and run, its groups are not read.
 
     folder  where the spec that is made will stand: its paths are relative to it
+    around  the modules that a picture is drawn around; empty: every norm. None: there is no picture
     """
 
     checkpoint: Path
@@ -46,12 +49,13 @@ class PlanRequest:
     folder: Path
     allow_pickle: bool = False
     seed: int | None = None
+    around: tuple[str, ...] | None = None
 
 
 def plan_file(
     request: PlanRequest, consent: Consent, tick: Callable[[str], None] = lambda _: None
-) -> tuple[Outcome, str]:
-    """What can be fused, and the YAML that says so.
+) -> tuple[Outcome, str, Picture | None]:
+    """What can be fused, the YAML that says so, and a picture of it where one is wanted.
 
     Raises UsageError and UnsafeError where the model cannot be built or run.
     """
@@ -73,10 +77,16 @@ def plan_file(
         skeleton, run, choice = looked(spec, source, source.skeleton, source.original, sample, ())
         names = [path for path in ModuleTree(skeleton).modules if path]
         bind_groups(spec, names)  # there are none; an exclude that matches nothing is a slip
+        check_around(request.around or (), names)
         tick("trying the folds")
         fold = settled(source, skeleton, choice, run, lambda fold: _try(fold, run))
         unfused = choice.unfused(fold.decisions)
         text = _written(request, spec, choice.groups, unfused, names)
+        picture = None
+        if request.around is not None:
+            picture = picture_of(
+                request.checkpoint.name, run.recording, choice, fold.decisions, unfused, request.around
+            )
         apply_to_skeleton(fold)
         outcome = Outcome(
             "plan",
@@ -92,7 +102,7 @@ def plan_file(
             outcome = replace(
                 outcome, status="nothing to fuse", problems=("the dataflow offers nothing to fold",)
             )
-        return outcome, text
+        return outcome, text, picture
 
 
 def _try(fold: Fold, run: Run) -> None:

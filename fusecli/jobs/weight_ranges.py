@@ -19,7 +19,7 @@ def weight_range(layer: nn.Module, rewrite: Rewrite, path: str) -> Ranges:
     None where nothing was computed, or every channel is dead.
     """
     old, new = layer._parameters.get("weight"), rewrite.tensors.get(f"{path}.weight")
-    if old is None or new is None:
+    if old is None or new is None or new.ndim < 2:
         return None, None
     groups, transposed = int(getattr(layer, "groups", 1)), kind_of(layer) == "conv_transpose"
     return _range(unpack(old.detach(), groups, transposed)), _range(unpack(new, groups, transposed))

@@ -17,6 +17,7 @@ from fusecli.nn.relu import (
     container_class,
     container_for,
 )
+from fusecli.nn.zero import Zero
 
 __all__ = [
     "BNReLU1d",
@@ -27,6 +28,7 @@ __all__ = [
     "ConvReLU3d",
     "FusedModule",
     "LinearReLU",
+    "Zero",
     "container_class",
     "container_for",
 ]

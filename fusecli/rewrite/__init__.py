@@ -1,7 +1,19 @@
 """What a rule answers: new tensors and structural edits; applied to a tree, written down, replayed."""
 
 from fusecli.rewrite.apply import apply_edits, apply_rewrite
-from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Own, Remainder, Rewrite
+from fusecli.rewrite.edits import (
+    Bias,
+    Container,
+    Edit,
+    Identity,
+    Opaque,
+    Own,
+    Passed,
+    Remainder,
+    Resize,
+    Rewrite,
+    Zero,
+)
 from fusecli.rewrite.keys import KeyMap
 from fusecli.rewrite.manifest import MANIFEST_KEY, GroupRecord, Manifest
 from fusecli.rewrite.tree import ModuleTree, plant
@@ -18,8 +30,11 @@ __all__ = [
     "ModuleTree",
     "Opaque",
     "Own",
+    "Passed",
     "Remainder",
+    "Resize",
     "Rewrite",
+    "Zero",
     "apply_edits",
     "apply_rewrite",
     "plant",

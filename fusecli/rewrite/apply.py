@@ -8,9 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusecli import nn as fused
 from fusecli.nn import container_class
 from fusecli.outcome import LedgerEntry
-from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Own, Remainder, Rewrite
+from fusecli.rewrite.edits import (
+    Bias,
+    Container,
+    Edit,
+    Identity,
+    Opaque,
+    Own,
+    Passed,
+    Remainder,
+    Resize,
+    Rewrite,
+    Zero,
+)
 from fusecli.rewrite.hooks import BACKWARD, POST, PRE, move_hooks, take_hooks
 from fusecli.rewrite.tree import ModuleTree
 
@@ -20,7 +33,7 @@ def apply_rewrite(tree: ModuleTree, rewrite: Rewrite) -> tuple[LedgerEntry, ...]
     # What a custom fuser returned brings its own tensors, at any depth below its path.
     opaque = tuple(f"{edit.path}." for edit in rewrite.edits if isinstance(edit, Opaque))
     # A module of its own comes before its bias, and both before the tensors.
-    early = [edit for edit in rewrite.edits if isinstance(edit, Own | Bias)]
+    early = [edit for edit in rewrite.edits if isinstance(edit, Own | Resize | Bias)]
     lost = _do(tree, early)
     set_tensors(tree, {k: t for k, t in rewrite.tensors.items() if not k.startswith(opaque)})
     return tuple(lost + _do(tree, (edit for edit in rewrite.edits if edit not in early)))
@@ -36,6 +49,9 @@ def set_tensors(tree: ModuleTree, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
         module = tree[path]
+        if name in module._buffers:
+            module._buffers[name] = tensor
+            continue
         old = module._parameters[name]
         # A new Parameter, not new data in the old one: a copy of the model may still share the old one.
         wants_grad = old.requires_grad if old is not None else False
@@ -56,6 +72,19 @@ def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
     match edit:
         case Bias(path):
             _add_bias(tree[path])
+        case Resize(path, sizes):
+            _resize(tree[path], dict(sizes))
+        case Passed(path, layers):
+            identity = nn.Identity()
+            move_hooks(tree[path], identity, PRE)
+            for layer in layers:
+                yield from ((layer, hook) for hook in take_hooks(tree[layer], PRE))
+            yield from ((path, hook) for hook in take_hooks(tree[path], POST + BACKWARD))
+            _replace(tree, path, identity)
+        case Zero(path, into):
+            yield from ((into, hook) for hook in take_hooks(tree[into], POST))
+            yield from ((path, hook) for hook in take_hooks(tree[path], PRE + POST + BACKWARD))
+            _replace(tree, path, fused.Zero())
         case Identity(path, into, last):
             yield from _absorb(tree, path, into, keep_hooks=last)
             _replace(tree, path, nn.Identity())
@@ -111,3 +140,24 @@ def _add_bias(layer: nn.Module) -> None:
         size: Any = getattr(layer, "out_channels", None) or layer.out_features
         bias = torch.empty(size, dtype=weight.dtype, device=weight.device)
         layer._parameters["bias"] = nn.Parameter(bias, requires_grad=weight.requires_grad)
+
+
+def _resize(layer: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Sets the attributes, and makes room for a weight and a bias of that size."""
+    state: dict[str, Any] = vars(layer)
+    for name, numbers in sizes.items():
+        if name not in state:
+            raise AttributeError(f"a {type(layer).__name__} has no {name}")
+        state[name] = numbers if isinstance(state[name], tuple | str) else numbers[0]
+    if "_reversed_padding_repeated_twice" in state:
+        state["_reversed_padding_repeated_twice"] = [p for p in reversed(state["padding"]) for _ in range(2)]
+    if "in_features" in state:
+        outputs, shape = state["out_features"], (state["out_features"], state["in_features"])
+    else:
+        ends = (state["out_channels"], state["in_channels"])
+        outputs, (first, second) = ends[0], ends[::-1] if state["transposed"] else ends
+        shape = (first, second // state["groups"], *state["kernel_size"])
+    for name, size in (("weight", shape), ("bias", (outputs,))):
+        old = layer._parameters.get(name)
+        if old is not None and old.shape != size:
+            layer._parameters[name] = nn.Parameter(old.new_empty(size), old.requires_grad)

@@ -41,6 +41,34 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Passed:
+    """The module at `path` was folded into the layers `members` that come after it and becomes nn.Identity.
+
+    What it takes is still there, and so are its pre-hooks; what it gave is not, nor are the hooks on that.
+    """
+
+    path: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The branch that ends in the module at `path` was added to the layer at `into`: it gives a scalar zero."""
+
+    path: str
+    into: str
+
+
+@dataclass(frozen=True)
+class Resize:
+    """The layer at `path` gets other sizes: `sizes` are its attributes by name, each with one or more numbers,
+    and its weight will have a shape to match."""
+
+    path: str
+    sizes: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Container:
     """`members` move into a fusecli.nn container called `cls` that stands at `path`, the first of them.
 
@@ -74,7 +102,7 @@ class Opaque:
     result: nn.Module | None = field(default=None, compare=False, repr=False)
 
 
-Edit = Own | Bias | Identity | Container | Remainder | Opaque
+Edit = Own | Resize | Bias | Identity | Passed | Zero | Container | Remainder | Opaque
 
 
 @dataclass(frozen=True, eq=False)

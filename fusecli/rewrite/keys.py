@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fusecli.rewrite.edits import Container, Edit, Identity, Opaque, Remainder
+from fusecli.rewrite.edits import Container, Edit, Identity, Opaque, Passed, Remainder, Zero
 
 
 class KeyMap:
@@ -17,7 +17,7 @@ class KeyMap:
         self._moves: dict[str, str | None] = {}
         for edit in edits:
             match edit:
-                case Identity(path):
+                case Identity(path) | Passed(path) | Zero(path):
                     self._moves[path] = None
                 case Remainder(path, _, members):
                     self._moves[path] = None

@@ -10,12 +10,28 @@ from typing import Any
 from fusecli.errors import Problem, UnsafeError
 from fusecli.nn import container_class
 from fusecli.outcome import Evidence
-from fusecli.rewrite.edits import Bias, Container, Edit, Identity, Opaque, Own, Remainder
+from fusecli.rewrite.edits import (
+    Bias,
+    Container,
+    Edit,
+    Identity,
+    Opaque,
+    Own,
+    Passed,
+    Remainder,
+    Resize,
+    Zero,
+)
 
 MANIFEST_KEY = "fusecli"  # the name of the manifest in safetensors metadata and in a state dict's _metadata
 VERSION = 1
+RESIZABLE = (
+    *("in_channels", "out_channels", "in_features", "out_features"),
+    *("kernel_size", "stride", "padding", "dilation"),
+)
 _EDITS: dict[str, type[Any]] = {
-    cls.__name__.lower(): cls for cls in (Own, Bias, Identity, Container, Remainder, Opaque)
+    cls.__name__.lower(): cls
+    for cls in (Own, Resize, Bias, Identity, Passed, Zero, Container, Remainder, Opaque)
 }
 
 
@@ -108,13 +124,12 @@ def _edit_to_dict(edit: Edit) -> dict[str, Any]:
 
 
 def _edit_from_dict(document: dict[str, Any]) -> Edit:
+    readers = {"members": _one_or_more, "sizes": _sizes}
     values = {
-        k: _one_or_more(v) if k == "members" else v
-        for k, v in document.items()
-        if k not in ("edit", "result")
+        k: readers[k](v) if k in readers else v for k, v in document.items() if k not in ("edit", "result")
     }
     for name, value in values.items():
-        if name != "members" and not isinstance(value, bool if name == "last" else str):
+        if name not in readers and not isinstance(value, bool if name == "last" else str):
             raise TypeError(f"edit field {name!r} is {value!r}")
     if "cls" in values:
         container_class(str(values["cls"]))
@@ -144,3 +159,13 @@ def _one_or_more(values: Any) -> tuple[str, ...]:
     if not values:
         raise ValueError("a list of members is empty")
     return _names(values)
+
+
+def _sizes(values: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The sizes of a layer: none that torch would not have, and none that could be more than a layer."""
+    sizes = tuple((str(name), tuple(numbers)) for name, numbers in values)
+    for name, numbers in sizes:
+        whole = all(type(number) is int and 0 <= number < 1 << 31 for number in numbers)
+        if name not in RESIZABLE or not 0 < len(numbers) <= 3 or not whole:
+            raise ValueError(f"{name} cannot be {numbers!r}")
+    return sizes

@@ -21,13 +21,26 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent
 
 
+# In this order they are tried, and each to its end before the next.
+EQUATIONS = ("fold_output", "fold_input", "sum_parallel", "compose", "none")
+
+
 @dataclass(frozen=True)
 class Rule:
-    """A pattern of kinds (fusecli.graph.kinds, alternatives joined by "|") and what it rewrites to."""
+    """A pattern of kinds (fusecli.graph.kinds, alternatives joined by "|") and what it rewrites to.
+
+    equation  which of the four equations of the algebra it is; "none" where nothing is computed
+    """
 
     name: str
     pattern: tuple[str, ...]
     rewrite: Callable[..., Rewrite]
+    equation: str = "fold_output"
+
+    @property
+    def listed(self) -> bool:
+        """Whether a list of names is enough to use it; the others need a run that shows how they are joined."""
+        return self.equation in ("fold_output", "none")
 
     def matches(self, kinds: tuple[str, ...]) -> bool:
         """Whether the first members of a group, by their kinds, are what this rule fuses."""
@@ -39,11 +52,15 @@ class Rule:
 _RULES: dict[str, Rule] = {}
 
 
-def rule(*pattern: str) -> Callable[[Callable[..., Rewrite]], Callable[..., Rewrite]]:
+def rule(
+    *pattern: str, equation: str = "fold_output"
+) -> Callable[[Callable[..., Rewrite]], Callable[..., Rewrite]]:
     """Makes the function below it the rule of its file."""
+    if equation not in EQUATIONS:
+        raise ValueError(f"{equation!r} is none of {EQUATIONS}")
 
     def register(function: Callable[..., Rewrite]) -> Callable[..., Rewrite]:
-        _RULES[function.__name__] = Rule(function.__name__, pattern, function)
+        _RULES[function.__name__] = Rule(function.__name__, pattern, function, equation)
         return function
 
     return register
@@ -63,7 +80,9 @@ def describe(name: str) -> str:
 
 @cache
 def all_rules() -> tuple[Rule, ...]:
-    """Every rule, the longest pattern first, so that a group finds the rule that takes most of it."""
+    """Every rule in the order they are tried: by equation, the longest pattern first, so that a group finds the
+    rule that takes most of it. It does not depend on the order of imports."""
     for name in names():
         importlib.import_module(f"fusecli.rules.{name}")
-    return tuple(sorted(_RULES.values(), key=lambda found: (-len(found.pattern), found.name)))
+    order = {name: number for number, name in enumerate(EQUATIONS)}
+    return tuple(sorted(_RULES.values(), key=lambda r: (order[r.equation], -len(r.pattern), r.name)))

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fusecli.algebra import ChannelAffine, LinearOp
+from fusecli.algebra import ChannelAffine, LinearOp, round_once
 from fusecli.errors import require
-from fusecli.graph.lift import channel_affine, linear_op, lowered
+from fusecli.graph.lift import channel_affine, linear_op, lowered, sizes_of
 from fusecli.nn import container_for
-from fusecli.rewrite import Bias, Container, Identity, Remainder, Rewrite
+from fusecli.rewrite import Bias, Container, Edit, Identity, Passed, Remainder, Resize, Rewrite, Zero
+
+
+@dataclass(frozen=True)
+class Route:
+    """How an affine map arrives at the layer that takes it over.
+
+    channels  for each channel of the layer the channel of the map, or -1 where none arrives
+    shifts    whether it brings its shift: of layers whose outputs are added, one takes it
+    affine    the map, of the module's tensors
+    neutral   the tensors, by their name in the module, with which the map does nothing
+    calls     the recorded ops that it is, where it is no module of its own
+    """
+
+    channels: tuple[int, ...]
+    shifts: bool
+    affine: Callable[[nn.Module], ChannelAffine]
+    neutral: Callable[[nn.Module], Mapping[str, Tensor]]
+    calls: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Member:
-    """A module, its path and its kind (fusecli.graph.kinds, or what the user has it treated as)."""
+    """A module, its path and its kind: one of fusecli.graph.kinds, what the user has it treated as, or what a
+    run has shown ("scale": it scales and shifts, "gain": it ends so).
+
+    route  where a run has shown how its channels arrive; None: one to one
+    """
 
     path: str
     module: nn.Module
     kind: str
+    route: Route | None = None
 
     @property
     def op(self) -> LinearOp:
@@ -28,7 +52,10 @@ class Member:
 
     @property
     def affine(self) -> ChannelAffine:
-        return channel_affine(self.module)
+        if self.route is None:
+            return channel_affine(self.module)
+        channels = torch.tensor(self.route.channels)
+        return self.route.affine(self.module).spread(channels, shifts=self.route.shifts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,12 +69,43 @@ class Member:
         return tuple(name for name, _ in self.module.named_children())
 
     def becomes(self, op: LinearOp) -> Rewrite:
-        """The layer computes `op`; it gets a bias if it had none."""
-        return Rewrite(lowered(self.path, op), (Bias(self.path),))
+        """The layer computes `op`; it gets a bias if it needs one, and other sizes where the kernel grew."""
+        edits: tuple[Edit, ...] = () if op.bias is None else (Bias(self.path),)
+        if (op.geometry, op.weight.shape) != (self.op.geometry, self.op.weight.shape):
+            edits = (Resize(self.path, tuple(sizes_of(op, self.path, self.module).items())), *edits)
+        return Rewrite(lowered(self.path, op), edits)
+
+    def becomes_affine(self, f: ChannelAffine) -> Rewrite:
+        """The norm computes f: gamma = s sqrt(var + eps), beta = t + mean s; its statistics stay."""
+        weight, bias = (self.module._parameters.get(name) for name in ("weight", "bias"))
+        mean, var = (self.module._buffers[name] for name in ("running_mean", "running_var"))
+        plain = weight is not None and bias is not None and mean is not None and var is not None
+        require(plain, "no-weight", f"{self.path} has no weight and bias that could take the other map")
+        assert weight is not None and mean is not None and var is not None  # noqa: PT018
+        root = (var.double() + float(self.module.eps)).sqrt()  # type: ignore[arg-type]
+        gamma, beta = f.scale * root, f.shift + mean.double() * f.scale
+        vectors = {"weight": gamma, "bias": beta}
+        return Rewrite({f"{self.path}.{n}": round_once(v, weight.dtype) for n, v in vectors.items()})
 
     def absorbed_into(self, layer: Member, *, last: bool = True) -> Rewrite:
-        """The norm is gone, all of it."""
+        """The norm is gone, all of it; of a module that does more, its gain is."""
+        if self.kind == "gain":
+            return self._neutralised()
         return Rewrite(edits=(Identity(self.path, layer.path, last),))
+
+    def passed_to(self, layer: Member) -> Rewrite:
+        """As `absorbed_into`, for a layer that comes after."""
+        if self.kind == "gain":
+            return self._neutralised()
+        return Rewrite(edits=(Passed(self.path, (layer.path,)),))
+
+    def _neutralised(self) -> Rewrite:
+        assert self.route is not None
+        return Rewrite({f"{self.path}.{name}": t for name, t in self.route.neutral(self.module).items()})
+
+    def silenced(self, layer: Member) -> Rewrite:
+        """The branch is gone: what is added to the layer's output is nothing."""
+        return Rewrite(edits=(Zero(self.path, layer.path),))
 
     def leaves_children(self, layer: Member) -> Rewrite:
         """The norm is gone, its submodules stay in their order."""

@@ -15,6 +15,6 @@ from fusecli.rules import rule
 from fusecli.rules._member import Member
 
 
-@rule("linear", "relu")
+@rule("linear", "relu", equation="none")
 def linear_relu(linear: Member, relu: Member) -> Rewrite:
     return linear.contained_with(relu)

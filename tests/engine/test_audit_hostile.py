@@ -222,7 +222,7 @@ def test_the_bias_of_many_layers_is_tried_in_one_run(monkeypatch: pytest.MonkeyP
     class Plain(nn.Conv2d):
         pass
 
-    layers = [(Plain(3, 3, 1, bias=False), nn.BatchNorm2d(3)) for _ in range(5)]
+    layers = [(Plain(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)) for _ in range(5)]
     model = randomise(nn.Sequential(*(module for pair in layers for module in pair)), 0)
     runs: list[object] = []
     recorded = Run._recorded

@@ -28,11 +28,12 @@ def taken(outcome: Outcome) -> list[tuple[str, ...]]:
 
 
 def acted() -> Any:
-    """conv -> relu -> bn, beside a pair."""
+    """conv -> relu -> bn -> relu, before a pair."""
     return nets.chain(
         conv=nn.Conv2d(3, 6, 3),
         relu=nn.ReLU(),
         bn=nn.BatchNorm2d(6),
+        again=nn.ReLU(),
         c=nn.Conv2d(6, 4, 1),
         n=nn.BatchNorm2d(4),
     )
@@ -141,7 +142,7 @@ class Alias(nn.Module):
         self.tail.weight = self.head.weight
 
     def forward(self, x: torch.Tensor) -> Any:
-        return self.tail(torch.relu(self.head(self.n2(self.b(torch.relu(self.n1(self.a(x))))))))
+        return self.tail(torch.relu(self.head(torch.relu(self.n2(self.b(torch.relu(self.n1(self.a(x)))))))))
 
 
 @pytest.mark.parametrize("how", [{"discover": True}, {"groups": [["a", "n1"], ["b", "n2"]]}])

@@ -52,11 +52,13 @@ def test_case_17_all_slips_at_once_and_nothing_is_fused() -> None:
     assert type(net.bn1) is nn.BatchNorm2d
 
 
-def test_a_norm_behind_a_fused_pair_is_refused() -> None:
+def test_a_norm_behind_a_fused_pair_needs_a_run() -> None:
     net = nets.chain(conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6), again=nn.BatchNorm2d(6))
-    (refused,) = fuse(net, X, groups=["conv", "bn", "again"]).refused
-    assert (refused.code, "again" in refused.reason) == ("no-rule", True)
-    assert "group of its own" in refused.remedy
+    with pytest.raises(RefusedError, match="no rule takes again") as refused:
+        fuse_modules(net, ["conv", "bn", "again"])
+    assert "group of its own" in refused.value.problems[0].fix
+    (group,) = fuse(net, X, groups=["conv", "bn", "again"]).groups
+    assert (group.rule, group.status) == ("bn_bn+conv_bn", "equivalent")
 
 
 def test_a_single_module_is_no_group() -> None:

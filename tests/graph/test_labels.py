@@ -103,10 +103,9 @@ def test_no_label_arrives_from_elsewhere() -> None:
     ("move", "op"),
     [
         (lambda x: x.cumsum(1), "aten.cumsum"),
-        (lambda x: x.flip(1), "aten.flip"),
         (lambda x: x.softmax(1), "aten._softmax"),
-        (lambda x: torch.cat([x, x], 1), "aten.cat"),
-        (lambda x: x.mean(1, keepdim=True).expand(-1, C, -1), "aten.mean"),
+        (lambda x: x.sort(1).values, "aten.sort"),
+        (lambda x: x.amax(1, keepdim=True).expand(-1, C, -1), "aten.amax"),
     ],
 )
 def test_an_op_that_is_not_known_is_named(move: Callable[[Tensor], Tensor], op: str, real: bool) -> None:
@@ -151,4 +150,4 @@ def test_channels_that_were_shuffled(real: bool) -> None:
             y = self.conv(x)
             return self.bn(y.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2))
 
-    assert left(nets.randomise(Shuffled(), 0), nets.images(2, 3, 5, 5), real=real) == {"bn": "bn-axis"}
+    assert left(nets.randomise(Shuffled(), 0), nets.images(2, 3, 5, 5), real=real) == {}

@@ -1,17 +1,15 @@
-"""The model zoo of pytorchcv. It imports torchvision for a layer of one network, which is not built here."""
+"""The model zoo of pytorchcv."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
 
-Zoo = Mapping[str, Callable[[], nn.Module]]
+from tests.zoo.networks import Zoo, constructors
+
 Network = Callable[[str, str], Path]
 
 
@@ -25,14 +23,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def zoo(network: Network, monkeypatch: pytest.MonkeyPatch) -> Zoo:
-    """The constructors of pytorchcv by name, imported beside a torchvision that has one empty class."""
+def zoo(network: Network) -> Zoo:
+    """The constructors of pytorchcv by name."""
     network("pytorchcv", "model_provider.py")
-    vision, ops = ModuleType("torchvision"), ModuleType("torchvision.ops")
-    ops.DeformConv2d = type("DeformConv2d", (nn.Module,), {})  # type: ignore[attr-defined]
-    with monkeypatch.context() as patched:
-        patched.setitem(sys.modules, "torchvision", vision)
-        patched.setitem(sys.modules, "torchvision.ops", ops)
-        from pytorchcv.model_provider import _models
-    models: Zoo = _models
-    return models
+    return constructors()

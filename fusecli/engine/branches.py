@@ -1,0 +1,128 @@
+"""Sums in a run whose addends are computed from one tensor: branches that one layer can stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from fusecli.engine.decisions import Member
+from fusecli.engine.maps import Map
+from fusecli.engine.routes import Routes, owner_of
+from fusecli.errors import NotFoldable
+from fusecli.graph.dataflow import Call, Recording
+from fusecli.graph.ops import SUMS
+from fusecli.graph.sites import Site
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One addend: the module that ends it, what goes into it, and its place in the sum."""
+
+    member: Member
+    entry: int
+    leaf: int
+    map: Map | None = None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum with more than one branch from the same tensor; `bare` counts addends that are that tensor itself.
+
+    written  for each addition in place, the addends that are in what it writes to
+    """
+
+    branches: tuple[Branch, ...]
+    bare: int
+    written: tuple[frozenset[int], ...]
+
+    def may_stay(self, branch: Branch) -> bool:
+        """Whether forward still runs where all other branches give a scalar: nothing is added in place to it."""
+        return all(branch.leaf in leaves for leaves in self.written)
+
+
+def sums(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterator[Sum]:
+    """Every sum of the run with several branches from one tensor, in the order of the run."""
+    recording = routes.recording
+    for root in recording.calls:
+        if not _adds(recording, root) or not recording.alive[root.number]:
+            continue
+        readers = recording.readers(root.makes[0])
+        if len(readers) == 1 and _adds(recording, readers[0]):
+            continue  # part of a larger one
+        tree = _Tree(recording)
+        tree.open(root.makes[0])
+        by_entry: dict[int, list[Branch]] = {}
+        for leaf in tree.leaves:
+            found = _branch(routes, sites_of, leaf)
+            if found is not None:
+                by_entry.setdefault(found.entry, []).append(found)
+        for entry, branches in by_entry.items():
+            if len({branch.member.path for branch in branches}) > 1:
+                yield Sum(tuple(branches), tree.leaves.count(entry), tuple(tree.written))
+
+
+@dataclass
+class _Tree:
+    recording: Recording
+    leaves: list[int] = field(default_factory=list)
+    written: list[frozenset[int]] = field(default_factory=list)
+
+    def open(self, value: int) -> frozenset[int]:
+        """Takes the sum that `value` is apart; answers with its addends."""
+        call = self.recording.maker(value)
+        inner = call is not None and _adds(self.recording, call)
+        if call is None or not inner or (self.leaves and len(self.recording.readers(value)) > 1):
+            self.leaves.append(value)
+            return frozenset([value])
+        found = [self.open(read) for read in _flowing(self.recording, call)]
+        if call.writes:
+            self.written.append(found[0])
+        return frozenset().union(*found)
+
+
+def _flowing(recording: Recording, call: Call) -> list[int]:
+    return [read for read in call.reads if not recording.values[read].constant]
+
+
+def _adds(recording: Recording, call: Call) -> bool:
+    """Whether it adds two tensors of one shape as they are, or a literal 0 to one."""
+    if call.name not in SUMS or call.kwargs.get("alpha", 1) != 1 or len(call.makes) != 1:
+        return False
+    flowing = _flowing(recording, call)
+    shapes = {recording.values[value].shape for value in (*flowing, call.makes[0])}
+    nothing = len(call.args) > 1 and type(call.args[1]) in (int, float) and call.args[1] == 0
+    return len(shapes) == 1 and (
+        len(flowing) == 2 or (len(flowing) == 1 and len(call.reads) == 1 and nothing)
+    )
+
+
+def _branch(routes: Routes, sites_of: Callable[[Member], Sequence[Site]], leaf: int) -> Branch | None:
+    """The layer or the map that gives `leaf`, if it is called once and nothing else reads what it gives."""
+    recording, value = routes.recording, leaf
+    while True:
+        if len(recording.readers(value)) != 1 and value != leaf:
+            return None
+        found = routes.giving(value)
+        if found is None:
+            break
+        before, site = found
+        if before.path not in routes.gone:
+            single = len(before.sites) == 1 and site.entry is not None and before.member.kind != "gain"
+            alone = single and len(recording.readers(leaf)) == 1 and routes.may(before.path)
+            return Branch(before.member, site.entry or 0, leaf, before) if alone else None
+        if site.entry is None:
+            return None
+        value = site.entry
+    call = recording.maker(value)
+    owner = None if call is None else owner_of(routes.audit, call)
+    if call is None or owner is None or not routes.may(owner) or len(recording.readers(leaf)) != 1:
+        return None
+    member = routes.audit.member(owner)
+    try:
+        sites = sites_of(member)
+    except NotFoldable:
+        return None
+    (visit, *more) = recording.visits_of(owner)
+    if more or len(sites) != 1 or len(visit.takes) != 1 or len(recording.readers(value)) != 1:
+        return None
+    return Branch(member, visit.takes[0], leaf)

@@ -1,0 +1,287 @@
+"""Folds of more than a chain: one map into all the layers it comes from, or goes to; branches into one layer.
+
+A wave is what has to be done at once: a map leaves its place, and every layer on its routes takes it over.
+Waves follow each other to a fixpoint, in the order of their equations: into producers (the last map first,
+so that of two in a row the second goes into the first), into consumers, sums of branches, products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from torch import nn
+
+from fusecli.engine.audit import SIZE_ONE, Audit
+from fusecli.engine.branches import Branch, Sum, sums
+from fusecli.engine.decisions import Decision, Group, Member
+from fusecli.engine.inside import layer_at_work
+from fusecli.engine.maps import Map, norm_map, scales_and_gains
+from fusecli.engine.products import rows
+from fusecli.engine.routes import Routes, Way
+from fusecli.engine.steps import Operand, Step, Wave, by_waves, prove_strangers
+from fusecli.engine.uses import Uses
+from fusecli.equivalence.regions import Region
+from fusecli.errors import NotFoldable, require
+from fusecli.graph.dataflow import Recording
+from fusecli.graph.kinds import LAYER_KINDS, NORM_KINDS, without_statistics
+from fusecli.graph.lift import linear_op
+from fusecli.graph.materialise import with_tensors
+from fusecli.graph.ops import RESHAPES
+from fusecli.graph.sites import Site
+from fusecli.outcome import Evidence
+from fusecli.rewrite import ModuleTree, apply_rewrite, plant
+from fusecli.rules import Rule, all_rules
+from fusecli.rules._member import Route
+
+
+@dataclass
+class Search:
+    """Looks for waves among the modules that `may` take part.
+
+    strict  a shift under zero padding is refused without looking at its numbers
+    rules   the names of those that may be used
+    """
+
+    audit: Audit
+    uses: Uses
+    may: Callable[[str], bool]
+    strict: bool = False
+    rules: Collection[str] | None = None
+    refused: dict[str, NotFoldable] = field(default_factory=dict)
+    bare: list[str] = field(default_factory=list)
+    _layers: dict[str, list[Site] | NotFoldable] = field(default_factory=dict, repr=False)
+
+    def waves(self, gone: Collection[str] = ()) -> list[Wave]:
+        """Every wave there is, in the order they have to be done; `gone` are maps that are folded already."""
+        routes = Routes(self.audit, self.maps, self.may, self._layer_sites, set(gone))
+        waves = [*self._moved(routes, up=True), *self._moved(routes, up=False)]
+        biased = {path for wave in waves for step in wave for path in step.paths}
+        sums = list(self._summed(routes))
+        summed = {path for wave in sums for step in wave for path in step.paths}
+        return [*waves, *sums, *self._multiplied(routes, biased, summed)]
+
+    @cached_property
+    def maps(self) -> list[Map]:
+        """The maps of the run, the last one first."""
+        found: list[Map] = []
+        for path in self.audit.recording.names:
+            member = self.audit.member(path) if path else None
+            if member is None or member.kind not in NORM_KINDS:
+                continue
+            try:
+                missing = without_statistics(member.module)
+                require(missing is None, *(missing or ("no-statistics", "")))
+                self.uses.require_single(path, member.module)
+                found.append(norm_map(self.audit.recording, member))
+            except NotFoldable as no:
+                self.refused[path] = no
+        for scale in scales_and_gains(self.audit.recording, self.audit.member):
+            try:
+                self.uses.require_single(scale.path, scale.member.module)
+                found.append(scale)
+            except NotFoldable as no:
+                self.refused[scale.path] = no
+        return sorted(found, key=lambda found: found.last, reverse=True)
+
+    def _layer_sites(self, layer: Member) -> Sequence[Site]:
+        """Where a layer applies its weight; raises NotFoldable where it cannot be changed."""
+        known = self._layers.get(layer.path)
+        if known is None:
+            try:
+                self.uses.require_single(layer.path, layer.module)
+                linear_op(layer.module, transposed=layer.kind == "conv_transpose")
+                known = layer_at_work(self.audit.run, layer, self.audit.unbiased)
+            except NotFoldable as no:
+                known = no
+            self._layers[layer.path] = known
+        if isinstance(known, NotFoldable):
+            raise known
+        return known
+
+    def _moved(self, routes: Routes, *, up: bool) -> Iterator[Wave]:
+        for found in self.maps:
+            if found.path in routes.gone or not self.may(found.path):
+                continue
+            try:
+                wave = self._wave(routes, found, up=up)
+            except NotFoldable as no:
+                if up or no.code in TELLING:
+                    self.refused[found.path] = no
+                continue
+            routes.gone.add(found.path)
+            self.refused.pop(found.path, None)
+            yield wave
+
+    def _wave(self, routes: Routes, found: Map, *, up: bool) -> Wave:
+        self._same_dtype(found)
+        ways = routes.up(found) if up else routes.down(found)
+        hooks = found.member.module._forward_hooks or found.member.module._forward_pre_hooks
+        require(
+            len(ways) == 1 or not hooks,
+            "shared-module",
+            f"{found.path} has hooks, which cannot follow it into several layers",
+            remedy="take the hooks off first",
+        )
+        return tuple(self._step(found, way, up=up) for way in ways)
+
+    def _step(self, found: Map, way: Way, *, up: bool) -> Step:
+        kinds = (way.target.kind, found.member.kind) if up else (found.member.kind, way.target.kind)
+        rule = rule_for("fold_output" if up else "fold_input", kinds, self.rules)
+        moving = Operand(
+            found.path,
+            found.member.kind,
+            Route(way.channels, way.shifts, found.affine, found.neutral, found.calls),
+        )
+        target = Operand(way.target.path, way.target.kind)
+        step = Step(rule, (target, moving) if up else (moving, target))
+        if not up and self.strict:
+            self._require_passed(found, way)
+        return step
+
+    def _require_passed(self, found: Map, way: Way) -> None:
+        """Guard: a shift goes through the layer whatever its numbers are."""
+        layer = way.target
+        if layer.kind not in LAYER_KINDS or not found.affine(found.member.module).shifts:
+            return
+        op = linear_op(layer.module, transposed=layer.kind == "conv_transpose")
+        require(
+            not op.geometry.zero_bordered,
+            "padding-border",
+            f"outputs of {layer.path} at the border read zeros that the shift never reached",
+            remedy="keep both layers",
+        )
+        require(
+            layer.kind != "conv_transpose" or op.pointwise,
+            "transposed-shift",
+            "each output of a transposed conv sums other taps, so the shift does not become a bias",
+            remedy="keep both layers",
+        )
+
+    def _same_dtype(self, found: Map) -> None:
+        for site in found.sites:
+            if site.entry is not None and found.member.kind != "gain":
+                before, after = (self.audit.recording.values[v].dtype for v in (site.entry, site.exit or 0))
+                require(
+                    before == after,
+                    "dtype",
+                    f"{found.path} turns {before} into {after}",
+                    remedy="convert it first",
+                )
+
+    def _summed(self, routes: Routes) -> Iterator[Wave]:
+        """Branches of one sum, one after the other into the layer that stays."""
+        for found in sums(routes, self._layer_sites):
+            best = max((self._sum(found, base) for base in found.branches), key=len, default=())
+            for branch, step in best:
+                if branch.map is not None:
+                    routes.gone.add(branch.member.path)
+                self.refused.pop(branch.member.path, None)
+                yield (step,)
+            if found.bare and best:
+                self.bare.append(best[0][1].paths[0])
+
+    def _sum(self, found: Sum, base: Branch) -> list[tuple[Branch, Step]]:
+        """The other branches that `base` can take over."""
+        if base.map is not None or base.member.kind not in LAYER_KINDS or not found.may_stay(base):
+            return []
+        steps = []
+        trying = {b.member.path: on_meta(b.member.module) for b in found.branches}
+        for branch in sorted(found.branches, key=lambda b: b.leaf):
+            if branch.member.path == base.member.path:
+                continue
+            try:
+                rule = rule_for("sum_parallel", (base.member.kind, branch.member.kind), self.rules)
+                route = None if branch.map is None else self._beside(base, branch.map)
+                operands = (
+                    Operand(base.member.path, base.member.kind),
+                    Operand(branch.member.path, branch.member.kind, route),
+                )
+                step = Step(rule, operands)
+                tree = ModuleTree(plant(trying))
+                apply_rewrite(tree, step.rewrite(tree.modules))
+            except NotFoldable as no:
+                self.refused.setdefault(branch.member.path, no)
+                continue
+            trying = {path: tree[path] for path in trying}
+            steps.append((branch, step))
+        return steps
+
+    def _beside(self, base: Branch, found: Map) -> Route:
+        """A map that reads what the layer reads: its channels are the layer's inputs, one to one."""
+        op = linear_op(base.member.module, transposed=base.member.kind == "conv_transpose")
+        size = self.audit.recording.values[base.entry].shape
+        axis = len(size) - 1 - op.rank
+        require(
+            found.axis % len(size) == axis, "bn-axis", f"the channels of {found.path} are not the layer's"
+        )
+        return Route(tuple(range(op.in_channels)), True, found.affine, found.neutral, found.calls)
+
+    def _multiplied(self, routes: Routes, biased: Collection[str], summed: Collection[str]) -> Iterator[Wave]:
+        """Layers in a row; one that is part of a sum stays, and so does one that is part of another row."""
+        taken = set(summed)
+        for first, second in rows(routes, self._layer_sites):
+            if {first.path, second.path} & taken:
+                continue
+            try:
+                step = self._product(first, second, first.path in biased)
+            except NotFoldable:
+                continue
+            taken |= {first.path, second.path}
+            yield (step,)
+
+    def _product(self, first: Member, second: Member, biased: bool) -> Step:
+        rule = rule_for("compose", (first.kind, second.kind), self.rules)
+        outer = linear_op(second.module, transposed=False)
+        bias = biased or first.module._parameters.get("bias") is not None
+        require(
+            not bias or outer.pointwise or not outer.geometry.zero_bordered,
+            "padding-border",
+            f"{second.path} pads with zeros, not with the bias of {first.path}",
+        )
+        step = Step(rule, (Operand(first.path, first.kind), Operand(second.path, second.kind)))
+        step.rewrite({m.path: on_meta(m.module) for m in (first, second)})
+        return step
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy that has shapes and no numbers: enough to see whether a rule takes it."""
+    return with_tensors(module, lambda _, old: old.to("meta"))
+
+
+def wide(recording: Recording, group: Group, waves: Sequence[Wave]) -> Decision:
+    """The decision that these waves make up, with the part of the run that they change."""
+    names = dict.fromkeys(step.rule.name for wave in waves for step in wave)
+    used = {path for wave in waves for step in wave for path in step.paths}
+    members = tuple(path for path in group.modules if path in used)
+    enclosing = frozenset(p for p in members if any(other.startswith(f"{p}.") for other in members))
+    operands = [operand for wave in waves for step in wave for operand in step.operands]
+    inline = frozenset(c for o in operands if o.path in enclosing and o.route for c in o.route.calls)
+    region = Region(recording, members, inline, enclosing)
+    shapes = [recording.values[value].shape for call in region.calls for value in call.reads]
+    blind = any(call.name in RESHAPES for call in region.calls) and any(1 in shape for shape in shapes)
+    return Decision(
+        group,
+        "+".join(names),
+        by_waves(waves),
+        members,
+        tuple(path for path in group.modules if path not in used),
+        probe=partial(prove_strangers, waves),
+        evidence=Evidence.OBSERVED,
+        region=region,
+        caveats=(SIZE_ONE,) if blind else (),
+    )
+
+
+# What says more about a map that stays than that nothing feeds it.
+TELLING = ("padding-border", "transposed-shift", "tied-weights")
+
+
+def rule_for(equation: str, kinds: tuple[str, ...], allowed: Collection[str] | None) -> Rule:
+    """The rule of this equation for exactly these kinds; raises NotFoldable where there is none."""
+    for rule in all_rules():
+        fits = rule.equation == equation and len(rule.pattern) == len(kinds) and rule.matches(kinds)
+        if fits and (allowed is None or rule.name in allowed):
+            return rule
+    raise NotFoldable("no-rule", f"no rule folds {' -> '.join(kinds)}", remedy="'fusecli rules' lists all")
