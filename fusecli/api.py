@@ -18,6 +18,7 @@ from fusecli.engine import (
     Vocabulary,
     compute_all,
     needed,
+    rules_in,
 )
 from fusecli.engine import plan as planned_groups
 from fusecli.equivalence.foreign import judge_foreign
@@ -105,6 +106,7 @@ def fuse(
     discover: bool | None = None,
     target: Target | None = None,
     shared: Shared | None = None,
+    bake: bool | None = None,
     allow_code: Iterable[str] = (),
 ) -> Outcome:
     """Fuses a copy of `model` and proves it on `inputs`; `outcome.model` is that copy, None if it is wrong.
@@ -114,11 +116,12 @@ def fuse(
     spec      a Spec, a path or a dict: groups, extra mappings, exclude and the seed are taken from it
     discover  also fuse what the dataflow offers, for `target` "inference" or "quant"; None: as the spec says
     shared    "clone": a module or weight with several names is given a copy for each one that can be folded
+    bake      layers whose weight is computed (weight_norm, a pruning mask) are made plain, then folded
 
     The outcome holds the same facts as the JSON report of `fusecli fuse`. A group that cannot be fused is in
     `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
     """
-    read = _spec(spec, groups, discover=discover, target=target, shared=shared)
+    read = _spec(spec, groups, discover=discover, target=target, shared=shared, bake=bake)
     source = Source(as_checkpoint(model), lambda: duplicate(model))
     source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
     sample = Sample.of(inputs)
@@ -126,15 +129,16 @@ def fuse(
         Group(g.modules, g.where) for g in bind_groups(read, names_of(ModuleTree(model)), shared_last=True)
     ]
     given = model
-    model, run, choice = looked(
+    structure, run, choice = looked(
         read,
         source,
-        lambda: apart(given, source.owns),
-        lambda: duplicate(apart(given, source.owns)),
+        lambda: apart(given, source.owns, source.bakes),
+        lambda: duplicate(apart(given, source.owns, source.bakes)),
         sample,
         asked,
         fakes=False,
     )
+    model = apart(given, source.owns) if source.bakes else structure
     tree = ModuleTree(model)
     before = Outcome(
         "fuse",
@@ -147,7 +151,7 @@ def fuse(
     )
     while True:
         try:
-            fold = settled(source, model, choice, run, lambda fold: require_folds(tree, fold))
+            fold = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
         except Refused as no:
             return replace(
                 before,
@@ -199,25 +203,37 @@ def fuse(
 
 
 def plan(
-    model: nn.Module, inputs: Any, *, target: Target = "inference", exclude: Iterable[str] = ()
+    model: nn.Module,
+    inputs: Any,
+    *,
+    target: Target = "inference",
+    exclude: Iterable[str] = (),
+    bake: bool = False,
 ) -> Proposal:
     """What can be fused in `model`, as a run on `inputs` (as for `fuse`) shows it; it is not changed.
 
     target   "inference": norms are folded; "quant": a ReLU goes into a container too
     exclude  patterns of names that are left alone
+    bake     layers whose weight is computed are made plain, then folded
 
     Raises UsageError where the model does not run on the inputs.
     """
     read = spec_from_mapping(
-        {"discover": True, "target": target, "exclude": list(exclude)}, where="fusecli.plan"
+        {"discover": True, "target": target, "exclude": list(exclude), "bake": bake}, where="fusecli.plan"
     )
     tree = ModuleTree(model)
     bind_groups(read, names_of(tree))  # there are none; an exclude that matches nothing is a slip
     source = Source(as_checkpoint(model), lambda: duplicate(model))
-    model, run, choice = looked(
-        read, source, lambda: model, lambda: duplicate(model), Sample.of(inputs), (), fakes=False
+    structure, run, choice = looked(
+        read,
+        source,
+        lambda: apart(model, (), source.bakes),
+        lambda: duplicate(apart(model, (), source.bakes)),
+        Sample.of(inputs),
+        (),
+        fakes=False,
     )
-    fold = settled(source, model, choice, run, lambda fold: require_folds(tree, fold))
+    fold = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
     groups, unfused = choice.groups, choice.unfused(fold.decisions)
     text = listing(groups, unfused, names_of(tree))
     return Proposal(tuple(group.modules for group in groups), unfused, text, recorded(run))
@@ -231,14 +247,18 @@ def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0)
     Neither model is changed. Raises UsageError where `original` does not run on the inputs.
     """
     sample = Sample.of(inputs)
-    names = ModuleTree(fused).fused_groups
+    names = ModuleTree(fused).rules_of_groups
     if not names:
         return judge_foreign(copied(original), copied(fused), sample, seed)
     original = apart(original, ModuleTree(fused).own_copies)
     source = Source(as_checkpoint(original), lambda: duplicate(original))
+    source.bakes = dict.fromkeys(ModuleTree(fused).made_plain, "bake")
+    structure = apart(original, (), source.bakes)
     try:
-        run = Run(original, sample, lambda: duplicate(original), fakes=False)
-        fold = plan_fold(source, original, [Group(tuple(modules)) for modules in names], run)
+        run = Run(structure, sample, lambda: duplicate(structure), fakes=False)
+        fold = plan_fold(
+            source, structure, [Group(modules, rules=rules_in(rule)) for modules, rule in names.items()], run
+        )
         verdict, checks = _judged(original, fused, fold, sample, seed)
     except (Refused, RefusedError, KeyError) as no:
         refused = no.refused if isinstance(no, Refused) else ()
@@ -288,7 +308,7 @@ def _with_fuser_func(
         made += zip(group.modules, modules, strict=True)
     for path, module in made:
         tree.replace(path, module)
-    tree.note_groups((), custom=True)
+    tree.note_groups({}, custom=True)
     return model
 
 
@@ -306,7 +326,8 @@ def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | N
     elif isinstance(spec, Mapping):
         spec = spec_from_mapping(spec)
     if groups is not None:
-        listed = spec_from_mapping({"groups": groups}, where="")
+        bake = given.get("bake") or (spec is not None and spec.bake)
+        listed = spec_from_mapping({"groups": groups, "bake": bool(bake)}, where="")
         spec = spec.model_copy(update={"groups": listed.groups}) if spec else listed
     return (spec or Spec()).model_copy(
         update={name: value for name, value in given.items() if value is not None}

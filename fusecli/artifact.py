@@ -45,7 +45,7 @@ def load_into(
     replay(model, edits, where)
     load_strictly(model, loaded(artifact), where)
     custom = any(isinstance(edit, Opaque) for edit in edits)
-    ModuleTree(model).note_groups((group.planned for group in manifest.groups), custom=custom)
+    ModuleTree(model).note_groups({group.planned: group.rule for group in manifest.groups}, custom=custom)
     model.eval()
     return model
 

@@ -62,8 +62,8 @@ _TOPOLOGY = (
         "bare-identity",
         "A branch of a sum is the input itself, added by an operator: there is no module that could give a "
         "zero instead.",
-        "The sum W x + x is (W + I) x, but forward would go on to add x: fusecli replaces modules, it does not "
-        "rewrite forward, and (W + I) x + x is another function.",
+        "The sum W x + x is (W + I) x, but forward would go on to add x: fusecli replaces modules, it does "
+        "not rewrite forward, and (W + I) x + x is another function.",
         "Give the branch a module of its own (nn.Identity) in the class, or leave the group out.",
     ),
     Reason(
@@ -243,8 +243,8 @@ _MATHEMATICS = (
     ),
     Reason(
         "fixed-size",
-        "The fold needs a layer with another kernel or other channels, and its class is one whose code is not "
-        "known.",
+        "The fold needs a layer with another kernel or other channels, and its class is one whose code is "
+        "not known.",
         "Such a class may have used its sizes when it was built, for a mask or a padding of its own: the "
         "larger weight would meet the old ones.",
         "Keep both layers.",
@@ -323,8 +323,9 @@ _NUMBERS = (
         "a parametrization.",
         "The next call computes it again and overwrites what the fold has stored. To scale what it is "
         "computed from may not help: weight_norm divides v by the norm of v.",
-        "Make it an ordinary tensor first (torch.nn.utils: remove_weight_norm, remove_spectral_norm, "
-        "prune.remove, parametrize.remove_parametrizations) and save the checkpoint again.",
+        "Say `bake: true` in the spec, or --bake: then it becomes an ordinary tensor on the way, rounded "
+        "once. Or make it one first (torch.nn.utils: remove_weight_norm, remove_spectral_norm, prune.remove, "
+        "parametrize.remove_parametrizations) and save the checkpoint again.",
     ),
     Reason(
         "derived-weight",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 
 
@@ -61,3 +62,176 @@ def bn_relu() -> nn.Module:
 
 def bn_with_activation() -> nn.Module:
     return chain(conv=nn.Conv2d(3, 8, 3, padding=1, bias=False), bn=BatchNormAct2d(8))
+
+
+class LayerScale(nn.Module):
+    """One learned factor for each channel, along the last axis."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class ImageScale(nn.Module):
+    """The same for [n, c, h, w]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * x
+
+
+class RMSNorm(nn.Module):
+    """As language models write it by hand: the gain is the last thing it does."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt())
+
+
+class Normalise(nn.Module):
+    """The mean and the spread of a data set, taken out of the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class Branched(nn.Module):
+    """Branches of one tensor, added up."""
+
+    def __init__(self, **branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = (branch(x) for branch in self.branches.values())
+        for other in others:
+            first = first + other
+        return first
+
+
+class TwoReaders(nn.Module):
+    """A norm whose output goes into two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+        self.small = nn.Conv2d(4, 3, 1, bias=False)
+        self.large = nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        return self.small(y).sigmoid() * self.large(y)
+
+
+class Scaled(nn.Module):
+    """Two residual branches that start small: behind a convolution, and behind a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(4, 4, 3, padding=1, bias=False), ImageScale(4)
+        self.linear, self.layer_scale = nn.Linear(4, 4), LayerScale(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.scale(self.conv(x))
+        y = x.flatten(2).transpose(1, 2)
+        return y + self.layer_scale(self.linear(y))
+
+
+class Attention(nn.Module):
+    """A picture as tokens, one attention and one gated layer; each has a norm before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalise = Normalise(3)
+        self.patches = nn.Conv2d(3, 6, 2, stride=2)
+        self.norm = nn.LayerNorm(6)
+        self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+        self.rms = RMSNorm(6)
+        self.gate, self.up = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(self.normalise(x)).flatten(2).transpose(1, 2)
+        y = self.norm(x)
+        x = x + (self.q(y) @ self.k(y).transpose(1, 2)).softmax(-1) @ self.v(y)
+        y = self.rms(x)
+        return self.gate(y).sigmoid() * self.up(y)
+
+
+def bn_bn() -> nn.Module:
+    """The convolution is separated from the norms by its activation: nothing else could take the second."""
+    return chain(
+        conv=nn.Conv2d(3, 4, 3), act=nn.ReLU(), bn=nn.BatchNorm2d(4), again=nn.BatchNorm2d(4), last=nn.ReLU()
+    )
+
+
+def scale_bn() -> nn.Module:
+    return chain(normalise=Normalise(3), bn=nn.BatchNorm2d(3), act=nn.ReLU())
+
+
+def bn_conv() -> nn.Module:
+    return TwoReaders()
+
+
+def bn_linear() -> nn.Module:
+    return chain(
+        conv=nn.Conv2d(3, 4, 3),
+        act=nn.ReLU(),
+        bn=nn.BatchNorm2d(4),
+        drop=nn.Dropout2d(),
+        flat=nn.Flatten(),
+        linear=nn.Linear(16, 5),
+    )
+
+
+def layer_scale() -> nn.Module:
+    return Scaled()
+
+
+def gain_linear() -> nn.Module:
+    return Attention()
+
+
+def parallel_layers() -> nn.Module:
+    """ACNet: the skeleton of a square kernel is trained on its own."""
+    return Branched(
+        square=nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        row=nn.Conv2d(3, 4, (1, 3), padding=(0, 1)),
+        column=nn.Conv2d(3, 4, (3, 1), padding=(1, 0)),
+    )
+
+
+def parallel_norm() -> nn.Module:
+    """A block of RepVGG, as it is trained."""
+    return Branched(
+        dense=chain(conv=nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), bn=nn.BatchNorm2d(4)),
+        point=chain(conv=nn.Conv2d(4, 4, 1, groups=2, bias=False), bn=nn.BatchNorm2d(4)),
+        identity=nn.BatchNorm2d(4),
+    )
+
+
+def pointwise_chain() -> nn.Module:
+    return chain(
+        expand=nn.Conv2d(3, 6, 1, bias=False),
+        conv=nn.Conv2d(6, 4, 3, padding=1),
+        act=nn.ReLU(),
+        wide=nn.Conv2d(4, 8, 3),
+        point=nn.Conv2d(8, 2, 1, bias=False),
+        flat=nn.Flatten(),
+        down=nn.Linear(8, 6),
+        drop=nn.Dropout(),
+        up=nn.Linear(6, 3),
+    )

@@ -55,6 +55,27 @@ class ChannelAffine:
         shift = torch.where(present, self.shift[at], 0.0) if shifts else torch.zeros_like(scale)
         return ChannelAffine(scale, shift, shifts)
 
+    @property
+    def root(self) -> Tensor:
+        """For each channel the input that the map turns into 0: -t / s [c].
+
+        Raises NotFoldable "padding-border" where there is none: a scale of 0 with a shift. Where both are 0
+        any input does, and this is 0.
+        """
+        if self.scale.is_meta:
+            return torch.empty_like(self.scale)
+        flat = self.scale == 0
+        channel = (
+            int((flat & (self.shift != 0)).nonzero()[0]) if bool((flat & (self.shift != 0)).any()) else -1
+        )
+        require(
+            channel < 0,
+            "padding-border",
+            f"no padding becomes 0 on channel {channel}: its scale is 0, its shift {self.shift[channel]:.6g}",
+            remedy="keep both layers",
+        )
+        return torch.where(flat, 0.0, -self.shift / torch.where(flat, 1.0, self.scale))
+
     def after(self, first: ChannelAffine) -> ChannelAffine:
         """This map of `first`: s (s1 x + t1) + t = (s s1) x + (s t1 + t)."""
         require(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,12 @@ class LinearOp:
     @property
     def kernel(self) -> tuple[int, ...]:
         return tuple(self.weight.shape[3:])
+
+    @property
+    def unpadded(self) -> LinearOp:
+        """The same layer on an input that has been padded already."""
+        still = replace(self.geometry, padding=((0, 0),) * self.rank, padding_mode="zeros")
+        return LinearOp(self.weight, self.bias, still)
 
     @property
     def pointwise(self) -> bool:

@@ -64,6 +64,10 @@ def fuse(
             help="Fail (exit 4) if less of the norms with running statistics is folded.",
         ),
     ] = None,
+    bake: options.Bake = False,
+    rules: options.Rules = None,
+    no_rules: options.NoRules = None,
+    allow_restructure: options.Restructure = False,
     allow_code: options.AllowCode = None,
     allow_pickle: options.AllowPickle = False,
     seed: options.Seed = None,
@@ -88,7 +92,16 @@ def fuse(
             raise UsageError(Problem("nothing says what to fuse", "fusecli fuse", fix))
         # Before torch is imported: a slip in the spec is told at once.
         parsed = spec_from_options(
-            spec, model=model, inputs=inputs or (), discover=discover, target=target, shared=shared
+            spec,
+            model=model,
+            inputs=inputs or (),
+            discover=discover,
+            target=target,
+            shared=shared,
+            bake=bake,
+            rules=rules,
+            no_rules=no_rules,
+            allow_restructure=allow_restructure,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -60,6 +60,37 @@ Shared = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+Rules = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--rules",
+        metavar="NAME,NAME",
+        help="Use these rules only. 'fusecli rules' lists them.",
+        rich_help_panel=_RUN,
+    ),
+]
+NoRules = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--no-rules", metavar="NAME,NAME", help="Do not use these rules.", rich_help_panel=_RUN),
+]
+Restructure = Annotated[
+    bool,
+    typer.Option(
+        "--allow-restructure",
+        help="A layer may become one of another class where only that is exact: a convolution that pads with "
+        "a value for each channel.",
+        rich_help_panel=_RUN,
+    ),
+]
+Bake = Annotated[
+    bool,
+    typer.Option(
+        "--bake",
+        help="Make plain weights of those that weight_norm, spectral_norm, pruning masks or parametrizations "
+        "compute, and fold them like any other.",
+        rich_help_panel=_RUN,
+    ),
+]
 Seed = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(

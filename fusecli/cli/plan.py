@@ -46,6 +46,10 @@ def plan(
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
     target: options.Target = None,
     shared: options.Shared = None,
+    bake: options.Bake = False,
+    rules: options.Rules = None,
+    no_rules: options.NoRules = None,
+    allow_restructure: options.Restructure = False,
     exclude: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--exclude", metavar="PATTERN", help="Leave what this pattern covers. Repeatable."),
@@ -74,7 +78,16 @@ def plan(
         from fusecli.spec.typed import spec_from_options
 
         parsed = spec_from_options(
-            spec, model=model, inputs=inputs or (), target=target, exclude=exclude or (), shared=shared
+            spec,
+            model=model,
+            inputs=inputs or (),
+            target=target,
+            exclude=exclude or (),
+            shared=shared,
+            bake=bake,
+            rules=rules,
+            no_rules=no_rules,
+            allow_restructure=allow_restructure,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -6,7 +6,8 @@ All groups are checked before the first is applied; if one fails, nothing has ch
 
 from __future__ import annotations
 
-from fusecli.engine.decisions import CustomFuser, Decision, Group, Plan, Vocabulary, refusal
+from fusecli.engine.baking import alone, bake_tree, baking, computed_layers
+from fusecli.engine.decisions import CustomFuser, Decision, Group, Plan, Vocabulary, refusal, rules_in
 from fusecli.engine.discovery import Offer, discover
 from fusecli.engine.folding import compute, compute_all, fuse_tree, replaced
 from fusecli.engine.planning import plan
@@ -19,8 +20,12 @@ __all__ = [
     "Offer",
     "Plan",
     "Vocabulary",
+    "alone",
+    "bake_tree",
+    "baking",
     "compute",
     "compute_all",
+    "computed_layers",
     "discover",
     "fuse_tree",
     "needed",
@@ -28,6 +33,7 @@ __all__ = [
     "plan",
     "refusal",
     "replaced",
+    "rules_in",
     "separate",
     "shared_roots",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 
 from fusecli.engine.channels import same_channels
 from fusecli.engine.decisions import Group, Member, Vocabulary
-from fusecli.engine.inside import layer_at_work, norm_at_work
+from fusecli.engine.inside import applied_as_is, layer_at_work, norm_at_work
 from fusecli.equivalence.groups import Pass
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, Recording, described
@@ -44,11 +44,15 @@ class Found:
     passes   the calls of the members that belong together
     reached  for each later member, which of its calls belong to the group
     caveats  what the recorded sizes could not show
+    shown    whether the layer, of whatever class, applies its stored weight and bias as they are
+    odd      whether a member takes or gives anything but one tensor, so that they cannot be run in a row
     """
 
     passes: tuple[Pass, ...]
     reached: Mapping[str, frozenset[int]]
     caveats: tuple[str, ...] = ()
+    shown: bool = False
+    odd: bool = False
 
 
 @dataclass
@@ -112,7 +116,11 @@ class Audit:
         passes = tuple(
             Pass(a.visit, z.visit, tuple(b)) for a, z, b in zip(firsts, sites, bridges, strict=True)
         )
-        return Found(passes, reached_by, (*self._caveats(passes), *self._alternatives(others[0])))
+        shown = not custom and applied_as_is(self.recording, first.path, firsts)
+        visits = [visit for member in members for visit in self.recording.visits_of(member.path)]
+        odd = not all(visit.plain and len(visit.takes) == len(visit.gives) == 1 for visit in visits)
+        caveats = (*self._caveats(passes), *self._alternatives(others[0]))
+        return Found(passes, reached_by, caveats, shown, odd and not custom)
 
     def _alternatives(self, norm: Member) -> Iterator[str]:
         """Norms beside this one in a list that never ran: other inputs may choose one of them."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from fusecli.engine.decisions import Member
 from fusecli.engine.maps import Map
-from fusecli.engine.routes import Routes, owner_of
+from fusecli.engine.routes import Routes
 from fusecli.errors import NotFoldable
 from fusecli.graph.dataflow import Call, Recording
+from fusecli.graph.kinds import LAYER_KINDS
 from fusecli.graph.ops import SUMS
 from fusecli.graph.sites import Site
 
@@ -26,7 +27,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum with more than one branch from the same tensor; `bare` counts addends that are that tensor itself.
+    """A sum with several branches from one tensor; `bare` counts addends that are that tensor itself.
 
     written  for each addition in place, the addends that are in what it writes to
     """
@@ -36,7 +37,7 @@ class Sum:
     written: tuple[frozenset[int], ...]
 
     def may_stay(self, branch: Branch) -> bool:
-        """Whether forward still runs where all other branches give a scalar: nothing is added in place to it."""
+        """Whether forward runs where all other branches give a scalar: nothing is added to one in place."""
         return all(branch.leaf in leaves for leaves in self.written)
 
 
@@ -113,16 +114,26 @@ def _branch(routes: Routes, sites_of: Callable[[Member], Sequence[Site]], leaf: 
         if site.entry is None:
             return None
         value = site.entry
-    call = recording.maker(value)
-    owner = None if call is None else owner_of(routes.audit, call)
-    if call is None or owner is None or not routes.may(owner) or len(recording.readers(leaf)) != 1:
+    member = _layer(routes, value)
+    if member is None or not routes.may(member.path) or len(recording.readers(leaf)) != 1:
         return None
-    member = routes.audit.member(owner)
     try:
         sites = sites_of(member)
     except NotFoldable:
         return None
-    (visit, *more) = recording.visits_of(owner)
+    (visit, *more) = recording.visits_of(member.path)
     if more or len(sites) != 1 or len(visit.takes) != 1 or len(recording.readers(value)) != 1:
         return None
     return Branch(member, visit.takes[0], leaf)
+
+
+def _layer(routes: Routes, value: int) -> Member | None:
+    """The layer whose call gives `value`: of more than two axes, a linear layer takes them apart and joins
+    them again around its product."""
+    call = routes.recording.maker(value)
+    for number in call.visits if call is not None else ():
+        visit = routes.recording.visits[number]
+        member = routes.audit.member(visit.path) if visit.path else None
+        if member is not None and member.kind in LAYER_KINDS and visit.gives == (value,):
+            return member
+    return None

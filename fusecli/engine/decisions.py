@@ -51,13 +51,26 @@ class CustomFuser:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the user taught the tool: custom fusers, and classes to be treated as another one."""
+    """What the user taught the tool, custom fusers and classes to be treated as another one; and what it may
+    do.
+
+    rules        the names of the rules that may be used; None: all
+    restructure  whether a layer may become one of another class, where only that is exact
+    """
 
     fusers: tuple[CustomFuser, ...] = ()
     treat: Mapping[type, type] = field(default_factory=dict)
+    rules: frozenset[str] | None = None
+    restructure: bool = False
 
     def kind(self, module: nn.Module) -> str:
         return kind_of(module, self.treat.get(type(module)))
+
+    def may_use(self, group: Group) -> frozenset[str] | None:
+        """The rules for one group; None: all."""
+        if self.rules is None or group.rules is None:
+            return self.rules if group.rules is None else group.rules
+        return self.rules & group.rules
 
     def fuser(self, modules: Sequence[nn.Module]) -> CustomFuser | None:
         """The user's fuser for exactly these classes; it goes before any rule."""
@@ -71,6 +84,7 @@ class Decision:
 
     custom    a user's fuser does it, and has to be given real tensors
     probe     proves members whose class is not known, where the group is no chain; raises NotFoldable
+    shown     members of an unknown class that need no probe: the run has shown what they do
     evidence  whether a recorded run has shown the group, or the list was believed
     passes    the calls of the members that belong together; empty where nothing was recorded
     region    the part of the run that a group is which is no chain
@@ -85,6 +99,7 @@ class Decision:
     kept: tuple[str, ...] = ()
     custom: bool = False
     probe: Callable[[Modules], None] | None = field(default=None, compare=False, repr=False)
+    shown: frozenset[str] = frozenset()
     evidence: Evidence = Evidence.CLAIMED
     passes: tuple[Pass, ...] = ()
     region: Region | None = None
@@ -100,6 +115,11 @@ class Plan:
     decisions: tuple[Decision, ...] = ()
     refused: tuple[Refusal, ...] = ()
     done: tuple[Group, ...] = ()
+
+
+def rules_in(names: str) -> frozenset[str]:
+    """The rules of a decision, whose names are joined by "+"."""
+    return frozenset(names.split("+"))
 
 
 def refusal(group: Group, no: NotFoldable, rule: str | None = None) -> Refusal:

@@ -12,6 +12,7 @@ from typing import Literal
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Decision, Group, Member, Plan, Vocabulary, refusal
 from fusecli.engine.inside import norm_at_work
+from fusecli.engine.known import Known
 from fusecli.engine.planning import plan
 from fusecli.engine.uses import Uses
 from fusecli.engine.waves import TELLING, Search
@@ -186,22 +187,32 @@ class _Search:
         """With what is no chain: a chain that takes part in it becomes part of that group."""
         chains = [decision.group for decision in offered.decisions]
         folded = [path for group in chains for path in group.modules]
-        search = Search(self.audit, Uses(self.audit.tree), self._may, strict=True)
+        search = Search(
+            Known(self.audit, Uses(self.audit.tree)),
+            self._may,
+            strict=True,
+            rules=self.audit.vocabulary.rules,
+            restructure=self.audit.vocabulary.restructure,
+        )
         parts = [{path for step in wave for path in step.paths} for wave in search.waves(folded)]
         for path, no in search.refused.items():
             if path in left and no.code in TELLING:
                 member = self.audit.member(path)
                 left[path] = _unfused(member, refusal(Group((path,)), no))
-        for group in self._joined(chains, parts):
-            whole = planned([*(c for c in chains if not set(c.modules) & set(group.modules)), group])
-            if any(no.group == group.modules for no in whole.refused):
-                continue
-            refused = (*offered.refused, *whole.refused)
-            offered, chains = replace(whole, refused=refused), [d.group for d in whole.decisions]
-        return offered
+        joined = list(self._joined(chains, parts))
+        if not joined:
+            return offered
+        taken = {path for group in joined for path in group.modules}
+        whole = planned([*(chain for chain in chains if not taken & set(chain.modules)), *joined])
+        if failed := {path for no in whole.refused for path in no.group}:
+            # What does not hold together is left as the chains that it was made of.
+            again = [decision.group for decision in whole.decisions]
+            back = [c for c in chains if c not in again and failed & set(c.modules)]
+            whole = planned([*again, *back])
+        return replace(whole, refused=(*offered.refused, *whole.refused))
 
     def _joined(self, chains: Sequence[Group], parts: Sequence[set[str]]) -> Iterator[Group]:
-        """The parts that share modules, with each other or with chains, as one group in the order of the run."""
+        """Parts that share modules, with each other or with chains, as one group in the order of the run."""
         pools: list[set[str]] = []
         acting = [{p for p in group.modules if self.audit.member(p).kind != "relu"} for group in chains]
         for part in parts:

@@ -27,7 +27,9 @@ def compute(decision: Decision, modules: Modules) -> Rewrite:
     if decision.probe is not None:
         decision.probe(modules)
         return rewrite
-    known = decision.custom or all(is_exact(modules[path]) for path in decision.members)
+    known = decision.custom or all(
+        is_exact(modules[path]) or path in decision.shown for path in decision.members
+    )
     if rewrite.tensors and not known:
         _prove(decision, modules)
     return rewrite

@@ -19,7 +19,9 @@ from fusecli.graph.sites import (
     foreign,
     layer_sites,
     moved_from,
+    reads_through,
     strangers,
+    weight_of,
 )
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
@@ -77,6 +79,22 @@ def layer_at_work(run: Run, member: Member, unbiased: Collection[str]) -> list[S
     )
     _bias_is_read(run, member, unbiased)
     return sites
+
+
+def applied_as_is(recording: Recording, path: str, sites: Sequence[Site]) -> bool:
+    """Whether the ops at `sites` apply the layer's stored weight itself, add its bias or none, and nothing
+    else in the run reads either: then its output is linear in both, whatever its class does besides."""
+    applying = {number for site in sites for number in site.calls}
+    for number in applying:
+        weight = weight_of(recording.calls[number])
+        source = None if weight is None else recording.values[moved_from(recording, weight)].name
+        if source is None or source.rpartition(".")[2] != "weight":
+            return False
+    for value in recording.tensors_of(path):
+        for call, read in reads_through(recording, value.number):
+            if call.number not in applying and not adds_bias(recording, call, read, path):
+                return False
+    return True
 
 
 def _bias_is_read(run: Run, member: Member, unbiased: Collection[str]) -> None:

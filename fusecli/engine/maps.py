@@ -19,7 +19,7 @@ from fusecli.engine.decisions import Member
 from fusecli.engine.inside import norm_at_work, untouched
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, Recording, Visit
-from fusecli.graph.kinds import NORM_KINDS, is_exact
+from fusecli.graph.kinds import FOLDABLE, NORM_KINDS, is_exact
 from fusecli.graph.labels import along, labels_at
 from fusecli.graph.lift import channel_affine
 from fusecli.graph.ops import AFFINE, GAINS
@@ -138,13 +138,14 @@ def _norm_axis(recording: Recording, member: Member, site: Site) -> int:
 
 
 def scales_and_gains(recording: Recording, member_of: Callable[[str], Member]) -> Iterator[Map]:
-    """Every affine map in the run that is made of a module's own tensors, norms left out."""
+    """Every affine map in the run that is made of a module's own tensors, norms and layers left out."""
     found: dict[str, list[tuple[Visit, tuple[Call, ...]]]] = {}
     for chain in _chains(recording):
         visit = recording.visits[chain[0].visits[-1]]
         found.setdefault(visit.path, []).append((visit, chain))
     for path, places in found.items():
-        if not path or member_of(path).kind in NORM_KINDS:
+        # The bias that a layer adds is its own: a linear layer may do so in an op after the product.
+        if not path or member_of(path).kind in FOLDABLE:
             continue
         try:
             yield _scale_or_gain(recording, member_of(path), places)

@@ -14,9 +14,11 @@ from torch import nn
 from fusecli.engine.audit import Audit, Found
 from fusecli.engine.decisions import Decision, Group, Member, Modules, Plan, Vocabulary, refusal
 from fusecli.engine.fusers import opaque
-from fusecli.engine.uses import Uses
+from fusecli.engine.known import Known
 from fusecli.engine.steps import Wave
+from fusecli.engine.uses import Uses
 from fusecli.engine.waves import Search, wide
+from fusecli.equivalence.regions import Region
 from fusecli.errors import NotFoldable, Problem, UsageError, require
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_norm, without_statistics
 from fusecli.graph.record import Run
@@ -45,6 +47,7 @@ class _Planner:
     vocabulary: Vocabulary
     uses: Uses
     audit: Audit | None
+    _known: Known | None = None
 
     def plan(self, groups: Sequence[Group]) -> Plan:
         earlier = set(self.tree.fused_groups)
@@ -63,7 +66,7 @@ class _Planner:
                 decided.append(self._decide(group, modules))
             except NotFoldable as no:
                 # With a run at hand it may be a norm that feeds a layer, and be refused for another reason.
-                if slip and no.code not in _BACKWARD:
+                if slip and not self._runs_so(group):
                     slips.append(slip)
                 else:
                     refused.append(refusal(group, no))
@@ -71,6 +74,11 @@ class _Planner:
             raise UsageError(*slips)
         decisions, uncovered = self._covered(decided)
         return Plan(tuple(decisions), (*refused, *uncovered), tuple(done))
+
+    def _runs_so(self, group: Group) -> bool:
+        """Whether the run calls the modules in the order of the list."""
+        ran = self.audit is not None and all(map(self.audit.recording.visits_of, group.modules))
+        return ran and self.audit is not None and _sorted(self.audit, group)
 
     def _decide(self, group: Group, modules: Sequence[nn.Module]) -> tuple[Decision, Found | None]:
         members = [
@@ -93,30 +101,41 @@ class _Planner:
             return self._wide(self.audit, group, members, no), None
 
     def _wide(self, audit: Audit, group: Group, members: Sequence[Member], no: NotFoldable) -> Decision:
-        """The decision for members that are no chain; raises the more telling of two refusals, of which `no` is
-        that of the chain."""
-        search = Search(audit, self.uses, set(group.modules).__contains__, rules=group.rules)
+        """The decision for members that are no chain; raises the more telling of two refusals, of which `no`
+        is that of the chain."""
+        # What an artifact was made with is allowed where it is judged.
+        restructure = self.vocabulary.restructure or "bn_conv_border" in (group.rules or ())
+        mine, allowed = set(group.modules), self.vocabulary.may_use(group)
+        search = Search(self.known(audit), mine.__contains__, rules=allowed, restructure=restructure)
         waves = search.waves()
         used = {path for wave in waves for step in wave for path in step.paths}
         left = [member.path for member in members if member.path not in used and member.kind != "nothing"]
-        if left or not waves or not _in_order(group, waves):
-            said = [search.refused[path] for path in left if path in search.refused]
+        if left or not waves or not _in_order(audit, group, waves):
+            # Of a norm that is listed first, the layers after it are what is asked for.
+            below = search.below if members[0].kind not in LAYER_KINDS else {}
+            known = {**search.refused, **below}
+            said = [known[path] for path in left if path in known]
             kinds = {member.kind for member in members}
-            joined = no.code == "no-rule" and kinds & LAYER_KINDS and kinds & NORM_KINDS
+            joined = no.code == "no-rule" and kinds & LAYER_KINDS
             telling = [one for one in said if joined or one.code in _BACKWARD]
             raise telling[0] if telling else no
-        return wide(audit.recording, group, waves)
+        return wide(audit.recording, group, waves, self.known(audit).shown)
+
+    def known(self, audit: Audit) -> Known:
+        if self._known is None:
+            self._known = Known(audit, self.uses)
+        return self._known
 
     def _chain(self, group: Group, members: Sequence[Member]) -> tuple[Decision, Found | None]:
         # An identity or a dropout between two members does nothing at inference; it stays where it is.
         acting = [member for member in members if member.kind != "nothing"]
-        rule, taken = _chosen(acting)
+        rule, taken = _chosen(acting, self.vocabulary.may_use(group))
         spared: tuple[Refusal, ...] = ()
         try:
             found = self._observed(group, taken)
         except NotFoldable as no:
             # The norm folds all the same where only the activation behind it has to stay.
-            shorter = _rule_for(tuple(member.kind for member in taken[:-1]))
+            shorter = _rule_for(tuple(m.kind for m in taken[:-1]), self.vocabulary.may_use(group))
             if no.code != "multiple-consumers" or taken[-1].kind != "relu" or shorter is None:
                 raise
             spared = (refusal(Group((taken[-1].path,), group.where), no, rule.name),)
@@ -151,7 +170,16 @@ class _Planner:
     def _with(self, decision: Decision, found: Found | None) -> Decision:
         if found is None:
             return decision
-        return replace(decision, evidence=Evidence.OBSERVED, passes=found.passes, caveats=found.caveats)
+        assert self.audit is not None
+        region = Region(self.audit.recording, decision.members) if found.odd else None
+        return replace(
+            decision,
+            evidence=Evidence.OBSERVED,
+            passes=found.passes,
+            region=region,
+            caveats=found.caveats,
+            shown=frozenset(decision.members[:1] if found.shown else ()),
+        )
 
     def _covered(
         self, decided: Sequence[tuple[Decision, Found | None]]
@@ -205,9 +233,9 @@ def _by_rule(rule: Rule, members: Sequence[Member]) -> Callable[[Modules], Rewri
     return rewrite
 
 
-def _chosen(acting: Sequence[Member]) -> tuple[Rule, Sequence[Member]]:
+def _chosen(acting: Sequence[Member], allowed: frozenset[str] | None) -> tuple[Rule, Sequence[Member]]:
     """The rule for these members, and those of them that it takes."""
-    rule = _rule_for(tuple(member.kind for member in acting))
+    rule = _rule_for(tuple(member.kind for member in acting), allowed)
     if rule is None:
         raise _no_rule(acting)
     for member in acting[len(rule.pattern) :]:
@@ -220,8 +248,16 @@ def _chosen(acting: Sequence[Member]) -> tuple[Rule, Sequence[Member]]:
     return rule, acting[: len(rule.pattern)]
 
 
-def _in_order(group: Group, waves: Sequence[Wave]) -> bool:
-    """Whether a norm is listed behind the layers that it is folded into, or before them, as it is in the run."""
+def _sorted(audit: Audit, group: Group) -> bool:
+    starts = [audit.start(path) for path in group.modules]
+    return starts == sorted(starts)
+
+
+def _in_order(audit: Audit, group: Group, waves: Sequence[Wave]) -> bool:
+    """Whether all are listed as they are called first in the run, or a norm behind the layers that it is
+    folded into, or before them."""
+    if _sorted(audit, group):
+        return True
     place = {path: number for number, path in enumerate(group.modules)}
     moved = [step for wave in waves for step in wave if step.rule.equation in ("fold_output", "fold_input")]
     return all(place[step.paths[0]] < place[step.paths[1]] for step in moved)
@@ -232,8 +268,9 @@ _BACKWARD = ("padding-border", "transposed-shift", "tied-weights")
 
 
 @cache
-def _rule_for(kinds: tuple[str, ...]) -> Rule | None:
+def _rule_for(kinds: tuple[str, ...], allowed: frozenset[str] | None) -> Rule | None:
     fitting = [rule for rule in all_rules() if rule.listed and rule.matches(kinds)]
+    fitting = [rule for rule in fitting if allowed is None or rule.name in allowed]
     return max(fitting, key=lambda rule: len(rule.pattern), default=None)
 
 

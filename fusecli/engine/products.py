@@ -19,11 +19,11 @@ def rows(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterat
         if first is None or not _usable(routes, first, sites_of) or len(visit.gives) != 1:
             continue
         value = visit.gives[0]
-        while (after := routes.taking(value)) is not None and after[0].path in routes.gone:
-            if len(recording.readers(value)) != 1 or after[1].exit is None:
+        while len(readers := recording.readers(value)) == 1:
+            after = routes.taking(value, readers[0])
+            if after is None or after[0].path not in routes.gone or after[1].exit is None:
                 break
             value = after[1].exit
-        readers = recording.readers(value)
         inside = [recording.visits[number] for call in readers[:1] for number in call.visits]
         following = next((v for v in inside if v.takes == (value,) and v.path and v.plain), None)
         if len(readers) == 1 and following is not None:

@@ -69,17 +69,19 @@ class Routes:
     def __post_init__(self) -> None:
         self.recording = self.audit.recording
         self._giving = {site.exit: (found, site) for found in self.maps for site in found.sites}
-        self._taking = {
-            site.entry: (found, site) for found in self.maps for site in found.sites if site.entry is not None
-        }
+        self._taking: dict[int | None, list[tuple[Map, Site]]] = {}
+        for found in self.maps:
+            for site in found.sites:
+                self._taking.setdefault(site.entry, []).append((found, site))
 
     def giving(self, value: int | None) -> tuple[Map, Site] | None:
         """The map that gives `value`, and where."""
         return self._giving.get(value)
 
-    def taking(self, value: int) -> tuple[Map, Site] | None:
-        """The map that takes `value`, and where."""
-        return self._taking.get(value)
+    def taking(self, value: int, call: Call) -> tuple[Map, Site] | None:
+        """The map that takes `value`, and where, if that is what `call` belongs to."""
+        takers = self._taking.get(value, ())
+        return next(((found, site) for found, site in takers if call.number in site.calls), None)
 
     def up(self, found: Map) -> list[Way]:
         """The layers whose outputs the map can be folded into, all of them; raises NotFoldable."""
@@ -164,10 +166,8 @@ class Routes:
 
     def _gone_after(self, value: int, call: Call) -> int | None:
         """What a folded map gives of `value`, if that is what `call` belongs to."""
-        found = self._taking.get(value)
-        if found is None or found[0].path not in self.gone or call.number not in found[1].calls:
-            return None
-        return found[1].exit
+        found = self.taking(value, call)
+        return found[1].exit if found is not None and found[0].path in self.gone else None
 
     def _merged(self, found: Sequence[Sequence[tuple[_Arrival, tuple[int, ...]]]]) -> list[Way]:
         """One way for each layer: the same in all of its calls, and in each of them."""
@@ -204,7 +204,8 @@ class _Upward:
     ends: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        # The map itself, and what else is done in its module: they read what the fold changes, as they should.
+        # The map itself, and what else is done in its module: they read what the fold changes, as they
+        # should.
         self.ends = {number for site in self.found.sites for number in site.calls}
 
     def go(self, value: int, shifts: bool) -> None:
@@ -302,7 +303,7 @@ class _Downward:
         readers = self.routes.recording.readers(value)
         require(bool(readers), "not-executed", f"nobody reads what {self.found.path} gives")
         for call in readers:
-            if (taker := self._map(value, call)) is not None:
+            if (taker := self.routes.taking(value, call)) is not None:
                 self._enter_map(*taker)
             elif (layer := self._layer(value, call)) is not None:
                 self._arrive(*layer, value)
@@ -316,10 +317,6 @@ class _Downward:
                     f"what {self.found.path} gives is read by something that cannot take it over",
                     evidence=described(self.routes.recording, [call]),
                 )
-
-    def _map(self, value: int, call: Call) -> tuple[Map, Site] | None:
-        taker = self.routes._taking.get(value)
-        return taker if taker is not None and call.number in taker[1].calls else None
 
     def _enter_map(self, after: Map, site: Site) -> None:
         assert site.exit is not None
@@ -386,8 +383,8 @@ def _along(labels: Tensor, axis: int, source: str, target: str) -> list[int]:
 
 
 def _where(labels: Tensor, axis: int, size: int, source: str, target: str) -> tuple[int, ...]:
-    """For each of `size` channels of a layer the channel of the map that it arrives at, or -1: all of it has to
-    arrive at one. Several may arrive at the same, as pixels that are shuffled do."""
+    """For each of `size` channels of a layer the channel of the map that it arrives at, or -1: all of it has
+    to arrive at one. Several may arrive at the same, as pixels that are shuffled do."""
     rows = labels.movedim(axis, 0).flatten(1)
     thin = rows[:, :1] if rows.shape[1] and bool((rows == rows[:, :1]).all()) else rows
     pairs = (thin.long() * len(rows) + torch.arange(len(rows))[:, None])[thin >= 0].unique()

@@ -41,9 +41,9 @@ def separate(tree: ModuleTree, roots: Iterable[str]) -> None:
         tree.own(root)
 
 
-def needed(roots: Sequence[str], decisions: Iterable[Decision]) -> list[str]:
-    """Those that a group is in: no other tie is broken."""
-    members = [path for decision in decisions for path in decision.members]
+def needed(roots: Sequence[str], decisions: Iterable[Decision], alone: Iterable[str] = ()) -> list[str]:
+    """Those that a group or a layer `alone` is in: no other tie is broken."""
+    members = [*alone, *(path for decision in decisions for path in decision.members)]
     return [root for root in roots if any(f"{path}.".startswith(f"{root}.") for path in members)]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from fusecli.engine.decisions import Modules
 from fusecli.equivalence.compare import TOLERANCE, compare
 from fusecli.equivalence.run import float64_arithmetic
 from fusecli.errors import NotFoldable, require
-from fusecli.graph.kinds import FOLDABLE, NORM_KINDS, is_exact
+from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_exact
 from fusecli.graph.lift import channel_affine
 from fusecli.graph.materialise import probe_input, with_tensors
 from fusecli.rewrite import Edit, Identity, KeyMap, ModuleTree, Passed, Rewrite, Zero, apply_rewrite, plant
@@ -111,39 +112,62 @@ def _rounded(key: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> Tens
     return round_once(tensor, old.dtype) if tensor.dtype is torch.float64 else tensor.to(old.dtype)
 
 
-def prove_strangers(waves: Sequence[Wave], modules: Modules) -> None:
+def prove_strangers(waves: Sequence[Wave], shown: frozenset[str], modules: Modules) -> None:
     """Guard for members whose class is not known: each does what its kind says, on random input in float64.
 
     A layer that only its outputs are scaled of may move over its input as it likes; one that takes over what
-    comes before it has to be the convolution or the linear layer that its attributes say. What a run has shown
-    op by op (a scale, a gain) needs no proof. Raises NotFoldable.
+    comes before it has to be the convolution or the linear layer that its attributes say. What a run has
+    shown op by op (a scale, a gain, the outputs of the layers in `shown`) needs no proof. Raises NotFoldable.
     """
     tree = ModuleTree(plant({path: _wide(path, modules).eval() for path in sorted(modules)}))
     for wave in waves:
         rewrites = [step.rewrite(tree.modules) for step in wave]
-        before = {o.path: tree[o.path] for step in wave for o in step.operands if not is_exact(tree[o.path])}
-        expected = {path: _behaviour(path, wave, tree) for path in before}
+        strange = {o.path for step in wave for o in step.operands if not is_exact(tree[o.path])}
+        expected = {path: _behaviour(path, wave, tree, path in shown) for path in sorted(strange)}
+        known = {path: behaviour for path, behaviour in expected.items() if behaviour is not None}
+        scaled = {step.paths[0] for step in wave if _scales(step)}
+        # What is no scaled layer has to keep its promise as it is: the fold gives it other tensors.
+        for path in known.keys() - scaled:
+            _require_equal(tree[path], path, *known[path])
         apply_rewrite(tree, _together(rewrites))
-        for path, (x, meaning, code) in ((p, e) for p, e in expected.items() if e is not None):
-            scaled = any(step.rule.equation == "fold_output" and step.paths[0] == path for step in wave)
-            _require_equal(tree[path] if scaled else before[path], x, meaning, path, code)
+        for path in known.keys() & scaled:
+            _require_equal(tree[path], path, *known[path])
 
 
-def _behaviour(path: str, wave: Wave, tree: ModuleTree) -> tuple[Tensor, Tensor, str] | None:
+def _scales(step: Step) -> bool:
+    return step.rule.equation == "fold_output" and step.operands[0].kind in LAYER_KINDS
+
+
+def _behaviour(path: str, wave: Wave, tree: ModuleTree, shown: bool) -> tuple[Tensor, Tensor, str] | None:
     """A random input for a member, what it should give for that, and the code if it does not."""
     for step in wave:
         for operand in step.operands:
             if operand.path != path or operand.kind not in FOLDABLE:
                 continue
+            if shown and step.rule.equation == "fold_output":
+                return None
             module, member = tree[path], operand.member(tree.modules)
-            x = probe_input(module, torch.Generator().manual_seed(0x5EED))
-            if operand.kind in NORM_KINDS:
-                return x, channel_affine(module)(x), "not-affine"
-            if step.rule.equation == "fold_output":
-                after = step.operands[1].member(tree.modules).affine
-                return x, after(_run(module, x)), "not-linear-in-weight"
-            return x, member.op(x), "not-linear-in-weight"
+            code = "not-affine" if operand.kind in NORM_KINDS else "not-linear-in-weight"
+            with _probing(module, code):
+                x = probe_input(module, torch.Generator().manual_seed(0x5EED))
+                if operand.kind in NORM_KINDS:
+                    return x, channel_affine(module)(x), code
+                if step.rule.equation == "fold_output":
+                    after = step.operands[1].member(tree.modules).affine
+                    return x, after(_run(module, x)), code
+                return x, member.op(x), code
     return None
+
+
+@contextmanager
+def _probing(module: nn.Module, code: str) -> Iterator[None]:
+    try:
+        yield
+    except NotFoldable:
+        raise
+    except Exception as error:  # whatever somebody's forward may raise
+        message = f"{type(module).__name__} could not be probed: {type(error).__name__}: {error}"
+        raise NotFoldable(code, message, remedy=_TEACH) from error
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
@@ -152,17 +176,14 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
         return y
 
 
-def _require_equal(module: nn.Module, x: Tensor, meaning: Tensor, path: str, code: str) -> None:
-    name = type(module).__name__
-    try:
+def _require_equal(module: nn.Module, path: str, x: Tensor, meaning: Tensor, code: str) -> None:
+    with _probing(module, code):
         difference = compare(meaning, _run(module, x))
-    except Exception as error:  # whatever somebody's forward may raise
-        message = f"{name} could not be probed: {type(error).__name__}: {error}"
-        raise NotFoldable(code, message, remedy=_TEACH) from error
     require(
         difference.error <= TOLERANCE,
         code,
-        f"a float64 probe disproves the fold: {path} ({name}) computes something else than its base",
+        f"a float64 probe disproves the fold: {path} ({type(module).__name__}) computes something else than "
+        "its base",
         evidence=(f"relative error {difference.error:.1e} {difference.why}".strip(),),
         remedy=_TEACH,
     )

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 from torch import nn
 
-from fusecli.engine.audit import SIZE_ONE, Audit
+from fusecli.engine.audit import SIZE_ONE
 from fusecli.engine.branches import Branch, Sum, sums
 from fusecli.engine.decisions import Decision, Group, Member
-from fusecli.engine.inside import layer_at_work
-from fusecli.engine.maps import Map, norm_map, scales_and_gains
+from fusecli.engine.known import Known
+from fusecli.engine.maps import Map
 from fusecli.engine.products import rows
 from fusecli.engine.routes import Routes, Way
 from fusecli.engine.steps import Operand, Step, Wave, by_waves, prove_strangers
-from fusecli.engine.uses import Uses
 from fusecli.equivalence.regions import Region
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Recording
-from fusecli.graph.kinds import LAYER_KINDS, NORM_KINDS, without_statistics
+from fusecli.graph.kinds import LAYER_KINDS
 from fusecli.graph.lift import linear_op
 from fusecli.graph.materialise import with_tensors
 from fusecli.graph.ops import RESHAPES
-from fusecli.graph.sites import Site
 from fusecli.outcome import Evidence
 from fusecli.rewrite import ModuleTree, apply_rewrite, plant
 from fusecli.rules import Rule, all_rules
@@ -42,66 +40,31 @@ class Search:
 
     strict  a shift under zero padding is refused without looking at its numbers
     rules   the names of those that may be used
+    below   why maps cannot go into the layers after them; `refused` is about those before, mostly
     """
 
-    audit: Audit
-    uses: Uses
+    known: Known
     may: Callable[[str], bool]
     strict: bool = False
     rules: Collection[str] | None = None
+    restructure: bool = False
     refused: dict[str, NotFoldable] = field(default_factory=dict)
+    below: dict[str, NotFoldable] = field(default_factory=dict)
     bare: list[str] = field(default_factory=list)
-    _layers: dict[str, list[Site] | NotFoldable] = field(default_factory=dict, repr=False)
 
     def waves(self, gone: Collection[str] = ()) -> list[Wave]:
         """Every wave there is, in the order they have to be done; `gone` are maps that are folded already."""
-        routes = Routes(self.audit, self.maps, self.may, self._layer_sites, set(gone))
+        self.refused |= {path: no for path, no in self.known.refused.items() if self.may(path)}
+        routes = Routes(self.known.audit, self.known.maps, self.may, self.known.layer_sites, set(gone))
         waves = [*self._moved(routes, up=True), *self._moved(routes, up=False)]
         biased = {path for wave in waves for step in wave for path in step.paths}
-        sums = list(self._summed(routes))
-        summed = {path for wave in sums for step in wave for path in step.paths}
+        changed = {step.paths[1] for wave in waves for step in wave if step.rule.restructures}
+        sums = list(self._summed(routes, changed))
+        summed = changed | {path for wave in sums for step in wave for path in step.paths}
         return [*waves, *sums, *self._multiplied(routes, biased, summed)]
 
-    @cached_property
-    def maps(self) -> list[Map]:
-        """The maps of the run, the last one first."""
-        found: list[Map] = []
-        for path in self.audit.recording.names:
-            member = self.audit.member(path) if path else None
-            if member is None or member.kind not in NORM_KINDS:
-                continue
-            try:
-                missing = without_statistics(member.module)
-                require(missing is None, *(missing or ("no-statistics", "")))
-                self.uses.require_single(path, member.module)
-                found.append(norm_map(self.audit.recording, member))
-            except NotFoldable as no:
-                self.refused[path] = no
-        for scale in scales_and_gains(self.audit.recording, self.audit.member):
-            try:
-                self.uses.require_single(scale.path, scale.member.module)
-                found.append(scale)
-            except NotFoldable as no:
-                self.refused[scale.path] = no
-        return sorted(found, key=lambda found: found.last, reverse=True)
-
-    def _layer_sites(self, layer: Member) -> Sequence[Site]:
-        """Where a layer applies its weight; raises NotFoldable where it cannot be changed."""
-        known = self._layers.get(layer.path)
-        if known is None:
-            try:
-                self.uses.require_single(layer.path, layer.module)
-                linear_op(layer.module, transposed=layer.kind == "conv_transpose")
-                known = layer_at_work(self.audit.run, layer, self.audit.unbiased)
-            except NotFoldable as no:
-                known = no
-            self._layers[layer.path] = known
-        if isinstance(known, NotFoldable):
-            raise known
-        return known
-
     def _moved(self, routes: Routes, *, up: bool) -> Iterator[Wave]:
-        for found in self.maps:
+        for found in self.known.maps:
             if found.path in routes.gone or not self.may(found.path):
                 continue
             try:
@@ -109,6 +72,8 @@ class Search:
             except NotFoldable as no:
                 if up or no.code in TELLING:
                     self.refused[found.path] = no
+                if not up:
+                    self.below[found.path] = no
                 continue
             routes.gone.add(found.path)
             self.refused.pop(found.path, None)
@@ -128,17 +93,25 @@ class Search:
 
     def _step(self, found: Map, way: Way, *, up: bool) -> Step:
         kinds = (way.target.kind, found.member.kind) if up else (found.member.kind, way.target.kind)
-        rule = rule_for("fold_output" if up else "fold_input", kinds, self.rules)
         moving = Operand(
             found.path,
             found.member.kind,
             Route(way.channels, way.shifts, found.affine, found.neutral, found.calls),
         )
         target = Operand(way.target.path, way.target.kind)
-        step = Step(rule, (target, moving) if up else (moving, target))
-        if not up and self.strict:
+        if up:
+            return Step(rule_for("fold_output", kinds, self.rules), (target, moving))
+        bordered = self.restructure and self._pads_zeros(found, way)
+        rule = rule_for("fold_input", kinds, self.rules, restructures=bordered)
+        if self.strict and not bordered:
             self._require_passed(found, way)
-        return step
+        return Step(rule, (moving, target))
+
+    def _pads_zeros(self, found: Map, way: Way) -> bool:
+        """Whether a shift meets zeros that it does not reach."""
+        if way.target.kind != "conv" or not found.affine(found.member.module).shifts:
+            return False
+        return linear_op(way.target.module, transposed=False).geometry.zero_bordered
 
     def _require_passed(self, found: Map, way: Way) -> None:
         """Guard: a shift goes through the layer whatever its numbers are."""
@@ -150,7 +123,7 @@ class Search:
             not op.geometry.zero_bordered,
             "padding-border",
             f"outputs of {layer.path} at the border read zeros that the shift never reached",
-            remedy="keep both layers",
+            remedy="keep both layers, or let the layer pad with other values: --allow-restructure",
         )
         require(
             layer.kind != "conv_transpose" or op.pointwise,
@@ -162,7 +135,9 @@ class Search:
     def _same_dtype(self, found: Map) -> None:
         for site in found.sites:
             if site.entry is not None and found.member.kind != "gain":
-                before, after = (self.audit.recording.values[v].dtype for v in (site.entry, site.exit or 0))
+                before, after = (
+                    self.known.audit.recording.values[v].dtype for v in (site.entry, site.exit or 0)
+                )
                 require(
                     before == after,
                     "dtype",
@@ -170,9 +145,12 @@ class Search:
                     remedy="convert it first",
                 )
 
-    def _summed(self, routes: Routes) -> Iterator[Wave]:
-        """Branches of one sum, one after the other into the layer that stays."""
-        for found in sums(routes, self._layer_sites):
+    def _summed(self, routes: Routes, changed: Collection[str]) -> Iterator[Wave]:
+        """Branches of one sum, one after the other into the layer that stays; those of another class by now
+        stay as they are."""
+        for found in sums(routes, self.known.layer_sites):
+            if any(branch.member.path in changed for branch in found.branches):
+                continue
             best = max((self._sum(found, base) for base in found.branches), key=len, default=())
             for branch, step in best:
                 if branch.map is not None:
@@ -211,7 +189,7 @@ class Search:
     def _beside(self, base: Branch, found: Map) -> Route:
         """A map that reads what the layer reads: its channels are the layer's inputs, one to one."""
         op = linear_op(base.member.module, transposed=base.member.kind == "conv_transpose")
-        size = self.audit.recording.values[base.entry].shape
+        size = self.known.audit.recording.values[base.entry].shape
         axis = len(size) - 1 - op.rank
         require(
             found.axis % len(size) == axis, "bn-axis", f"the channels of {found.path} are not the layer's"
@@ -221,12 +199,13 @@ class Search:
     def _multiplied(self, routes: Routes, biased: Collection[str], summed: Collection[str]) -> Iterator[Wave]:
         """Layers in a row; one that is part of a sum stays, and so does one that is part of another row."""
         taken = set(summed)
-        for first, second in rows(routes, self._layer_sites):
+        for first, second in rows(routes, self.known.layer_sites):
             if {first.path, second.path} & taken:
                 continue
             try:
                 step = self._product(first, second, first.path in biased)
-            except NotFoldable:
+            except NotFoldable as no:
+                self.refused.setdefault(second.path, no)
                 continue
             taken |= {first.path, second.path}
             yield (step,)
@@ -250,7 +229,9 @@ def on_meta(module: nn.Module) -> nn.Module:
     return with_tensors(module, lambda _, old: old.to("meta"))
 
 
-def wide(recording: Recording, group: Group, waves: Sequence[Wave]) -> Decision:
+def wide(
+    recording: Recording, group: Group, waves: Sequence[Wave], shown: frozenset[str] = frozenset()
+) -> Decision:
     """The decision that these waves make up, with the part of the run that they change."""
     names = dict.fromkeys(step.rule.name for wave in waves for step in wave)
     used = {path for wave in waves for step in wave for path in step.paths}
@@ -267,7 +248,8 @@ def wide(recording: Recording, group: Group, waves: Sequence[Wave]) -> Decision:
         by_waves(waves),
         members,
         tuple(path for path in group.modules if path not in used),
-        probe=partial(prove_strangers, waves),
+        probe=partial(prove_strangers, waves, shown),
+        shown=shown,
         evidence=Evidence.OBSERVED,
         region=region,
         caveats=(SIZE_ONE,) if blind else (),
@@ -278,10 +260,13 @@ def wide(recording: Recording, group: Group, waves: Sequence[Wave]) -> Decision:
 TELLING = ("padding-border", "transposed-shift", "tied-weights")
 
 
-def rule_for(equation: str, kinds: tuple[str, ...], allowed: Collection[str] | None) -> Rule:
+def rule_for(
+    equation: str, kinds: tuple[str, ...], allowed: Collection[str] | None, *, restructures: bool = False
+) -> Rule:
     """The rule of this equation for exactly these kinds; raises NotFoldable where there is none."""
     for rule in all_rules():
-        fits = rule.equation == equation and len(rule.pattern) == len(kinds) and rule.matches(kinds)
+        fits = (rule.equation, rule.restructures, len(rule.pattern)) == (equation, restructures, len(kinds))
+        fits = fits and rule.matches(kinds)
         if fits and (allowed is None or rule.name in allowed):
             return rule
     raise NotFoldable("no-rule", f"no rule folds {' -> '.join(kinds)}", remedy="'fusecli rules' lists all")

@@ -292,6 +292,7 @@ class _RegionWatch:
     inputs: dict[tuple[str, int], Sample] = field(default_factory=dict)
     outputs: dict[tuple[str, int], Any] = field(default_factory=dict)
     done: bool = False
+    telling: bool = False  # the members that are run for that are no calls of the model
 
     def hooks(self, model: nn.Module) -> Iterator[Any]:
         for path in self.region.watched:
@@ -301,6 +302,8 @@ class _RegionWatch:
 
     def _entering(self, path: str) -> Callable[..., None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.telling:
+                return
             self.inputs[path, self.entered[path]] = Sample(args, kwargs).copy()
             self.entered[path] += 1
 
@@ -308,6 +311,8 @@ class _RegionWatch:
 
     def _leaving(self, path: str) -> Callable[..., None]:
         def leave(_: nn.Module, __: Any, output: Any) -> None:
+            if self.telling:
+                return
             self.outputs[path, self.left[path]] = cast(output, None)
             self.left[path] += 1
             wanted = self.region.order
@@ -317,7 +322,9 @@ class _RegionWatch:
                     [self.inputs[call] for call in wanted],
                     [self.outputs[call] for call in wanted],
                 )
+                self.telling = True
                 self.tell(self.number, 0, inputs, outputs)
+                self.telling = False
 
         return leave
 

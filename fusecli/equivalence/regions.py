@@ -54,15 +54,23 @@ class Region:
         return tuple((self._path(visit), self.recording.turns[visit.number]) for visit in self.visits)
 
     @cached_property
-    def ends_in(self) -> str:
-        """The module after whose return everything has its old value: the last member, or what is around the
-        last op behind it."""
+    def begins_in(self) -> tuple[str, int]:
+        """The module, and which of its calls, up to which everything has its old value: the first member, or
+        what is around an op of a member's own before it."""
+        ahead = [call for call in self.calls if call.number < self.visits[0].calls.start]
+        return self._around(ahead[0]) if ahead else self.order[0]
+
+    @cached_property
+    def ends_in(self) -> tuple[str, int]:
+        """The module, and which of its calls, after whose return everything has its old value: the last
+        member, or what is around the last op behind it."""
         last = self.visits[-1]
         behind = [call for call in self.calls if call.number >= last.calls.stop]
-        if not behind:
-            return self._path(last)
-        around = behind[-1].visits
-        return self.recording.visits[around[-1]].path if around else ""
+        return self._around(behind[-1]) if behind else self.order[-1]
+
+    def _around(self, call: Call) -> tuple[str, int]:
+        visit = self.recording.visits[call.visits[-1] if call.visits else 0]
+        return visit.path, self.recording.turns[visit.number]
 
     @cached_property
     def _within(self) -> frozenset[int]:
@@ -70,8 +78,10 @@ class Region:
 
     @cached_property
     def _made(self) -> frozenset[int]:
-        """Values that members give, or that follow from them by ops that the fold may cross."""
+        """Values that members give, or ops of their own, or that follow from them by ops that the fold may
+        cross."""
         made = {value for visit in self.visits for value in visit.gives}
+        made.update(value for number in self.inline for value in self.recording.calls[number].makes)
         for call in self.recording.calls:
             crosses = call.name in _LINEAR or call.number in self.inline
             if crosses and call.number not in self._within and made & set(call.reads):
@@ -140,7 +150,8 @@ class Region:
         return tuple(replay.at(value) for value in self.exits)
 
     def shown(self, modules: Modules, inputs: Sequence[Sample], outputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        """What the region gave in a run: the members' own outputs, and what the ops behind them make of them."""
+        """What the region gave in a run: the members' own outputs, and what the ops behind them make of
+        them."""
         if self.unknown:
             return self.of(modules, inputs)
         replay = self._replay(modules)
@@ -151,10 +162,15 @@ class Region:
         return tuple(replay.at(value) for value in self.exits)
 
     def _called(self, modules: Modules, visit: Visit, sample: Sample, replay: Replay) -> Sequence[Tensor]:
-        module = modules[self._path(visit)]
-        if visit.plain and visit.takes[0] in replay.known:
-            sample = Sample((replay.known[visit.takes[0]].clone(),), {})
-        return _tensors(module(*sample.args, **sample.kwargs))
+        """What a member gives when it is called as it was, but for what the region itself has made."""
+        takes = iter(visit.takes)
+
+        def given(tensor: Tensor) -> Tensor:
+            value = next(takes, None)
+            return replay.known[value].clone() if value in replay.known else tensor
+
+        sample = sample.mapped(given)
+        return _tensors(modules[self._path(visit)](*sample.args, **sample.kwargs))
 
     def _path(self, visit: Visit) -> str:
         names = set(self.recording.names.get(visit.path, (visit.path,)))

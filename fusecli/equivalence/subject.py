@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fusecli.equivalence.groups import Passes
 from fusecli.equivalence.regions import Region
+from fusecli.equivalence.trail import End
 from fusecli.graph.materialise import duplicate
 
 
@@ -42,10 +43,12 @@ class Subject:
         return self.regions or (None,) * len(self.groups)
 
     @property
-    def spans(self) -> tuple[tuple[str, str], ...]:
+    def spans(self) -> tuple[tuple[End, End], ...]:
         """For each group the module whose call begins it and the one whose return ends it."""
         return tuple(
-            (group[0], group[-1]) if region is None else (region.order[0][0], region.ends_in)
+            (End(group[0]), End(group[-1]))
+            if region is None
+            else (End(*region.begins_in), End(*region.ends_in))
             for group, region in zip(self.groups, self.shapes, strict=True)
         )
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -51,23 +52,36 @@ class Trail:
         return worst
 
 
+@dataclass(frozen=True)
+class End:
+    """Where a group begins or ends: a module, and which of its calls; None: each of them."""
+
+    path: str
+    turn: int | None = None
+
+
 @contextmanager
-def followed(model: nn.Module, groups: Sequence[tuple[str, ...]]) -> Iterator[Trail]:
-    """Inside, every operation of the running `model` is noted, save those between the call of a group's first
-    member and the return of its last: what is there may have another value once the group is fused."""
+def followed(model: nn.Module, groups: Sequence[tuple[End, End]]) -> Iterator[Trail]:
+    """Inside, every operation of the running `model` is noted, save those between the call that begins a
+    group and the return that ends it: what is there may have another value once the group is fused."""
     within = [0]
     handles = []
 
-    def step(by: int) -> Callable[..., None]:
+    def step(by: int, turn: int | None) -> Callable[..., None]:
+        calls = count()
+
         def hook(*_: Any) -> None:
-            within[0] += by
+            if next(calls) == turn or turn is None:
+                within[0] += by
 
         return hook
 
-    for path in dict.fromkeys(group[0] for group in groups):
-        handles.append(model.get_submodule(path).register_forward_pre_hook(step(1), prepend=True))
-    for path in dict.fromkeys(group[-1] for group in groups):  # several groups may share a norm
-        handles.append(model.get_submodule(path).register_forward_hook(step(-1)))
+    for end in dict.fromkeys(first for first, _ in groups):
+        handles.append(
+            model.get_submodule(end.path).register_forward_pre_hook(step(1, end.turn), prepend=True)
+        )
+    for end in dict.fromkeys(last for _, last in groups):  # several groups may share a norm
+        handles.append(model.get_submodule(end.path).register_forward_hook(step(-1, end.turn)))
     trail = Trail([])
     try:
         with _Noting(trail.steps, within):

@@ -29,7 +29,8 @@ def along(shape: tuple[int, ...], axis: int) -> Tensor:
 
 
 def labels_at(recording: Recording, value: int, seeds: Mapping[int, Tensor | None]) -> Tensor | None:
-    """The labels that reach `value` from `seeds`, with its shape; CONFLICT where two meet, NOWHERE where none is.
+    """The labels that reach `value` from `seeds`, with its shape; CONFLICT where two meet, NOWHERE where
+    none is.
 
     None where no label arrives. Raises LookupError at an op that does more than move elements or combine
     them one by one.
@@ -90,8 +91,8 @@ class _Replay:
 
 
 def moved(call: Call, tensor: Tensor, number: int = 0) -> Tensor:
-    """What a recorded op that only moves elements makes of `tensor`, which keeps its dtype; of several results
-    the one of this number."""
+    """What a recorded op that only moves elements makes of `tensor`, which keeps its dtype; of several
+    results the one of this number."""
     if call.name == "aten._to_copy":
         return tensor
     args = tree_map_only(Ref, lambda _: tensor.contiguous(), call.args)

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fusecli.algebra import ChannelAffine, Geometry, LinearOp, batch_norm, pack, unpack
 from fusecli.errors import require
 from fusecli.graph.kinds import is_exact, without_statistics
+from fusecli.nn import Adapted, computed_tensor
 
-_REMEDY = "make the {} an ordinary tensor first (torch.nn.utils.{}) and save the checkpoint again"
+_REMEDY = (
+    "say `bake: true` in the spec, or make the {} an ordinary tensor first (torch.nn.utils.{}) and save the "
+    "checkpoint again"
+)
 
 
 def linear_op(layer: nn.Module, *, transposed: bool) -> LinearOp:
@@ -24,10 +27,25 @@ def linear_op(layer: nn.Module, *, transposed: bool) -> LinearOp:
         weight is not None, "no-weight", lacks, remedy="teach it with extra_mappings (sequence and fuser)"
     )
     assert weight is not None
-    groups = int(getattr(layer, "groups", 1))
-    bias = layer._parameters.get("bias")
+    return _op(layer, weight, layer._parameters.get("bias"), transposed)
+
+
+def adapter_of(layer: nn.Module) -> tuple[LinearOp, LinearOp, LinearOp, ChannelAffine]:
+    """The meaning of a fusecli.nn.Adapted layer: itself, A with its geometry, B, the scale of B A."""
+    assert isinstance(layer, Adapted)
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    base = _op(layer, weight, layer._parameters.get("bias"), False)
+    down = _op(layer, layer.lora_A, None, False)
+    ones = (1,) * base.rank
+    up = LinearOp(unpack(layer.lora_B.detach(), 1, False), None, Geometry(ones, ((0, 0),) * base.rank, ones))
+    scale = torch.full([base.out_channels], layer.lora_scale, dtype=torch.float64, device=weight.device)
+    return base, down, up, ChannelAffine(scale, torch.zeros_like(scale), shifts=False)
+
+
+def _op(layer: nn.Module, weight: Tensor, bias: Tensor | None, transposed: bool) -> LinearOp:
     return LinearOp(
-        unpack(weight.detach(), groups, transposed),
+        unpack(weight.detach(), int(getattr(layer, "groups", 1)), transposed),
         None if bias is None else bias.detach(),
         Geometry.linear() if weight.ndim == 2 else _geometry(layer, transposed),
     )
@@ -93,7 +111,7 @@ def sizes_of(op: LinearOp, path: str, layer: nn.Module) -> dict[str, tuple[int, 
 
 def refuse_parametrized(module: nn.Module) -> None:
     """A weight that is computed from other tensors cannot be replaced: guards against case 29."""
-    name, how = _computed_tensor(module)
+    name, how = computed_tensor(module)
     require(
         not how,
         "parametrized",
@@ -115,22 +133,6 @@ _REMOVERS = {
 
 
 _ATTRIBUTES = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-_MARKS = tuple(
-    (f"{name}_{mark}", name, how)
-    for name in ("weight", "bias")
-    for mark, how in (("g", "weight_norm"), ("mask", "pruning"), ("orig", "spectral_norm"))
-)
-
-
-def _computed_tensor(module: nn.Module) -> tuple[str, str]:
-    """The weight or bias that is no tensor of its own, and what computes it; empty if there is none."""
-    for name in ("weight", "bias") if parametrize.is_parametrized(module) else ():
-        if parametrize.is_parametrized(module, name):
-            return name, "parametrize"
-    for mark, name, how in _MARKS:
-        if mark in module._parameters or mark in module._buffers:
-            return name, how
-    return "", ""
 
 
 def _geometry(conv: Any, transposed: bool) -> Geometry:

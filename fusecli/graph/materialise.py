@@ -9,20 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusecli.nn import computes, make_plain
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def with_tensors(module: nn.Module, fetch: Callable[[str, Tensor], Tensor], prefix: str = "") -> nn.Module:
     """A copy of `module` whose every parameter and buffer is `fetch(name, old)`; nothing else is copied.
 
-    Hooks stay behind: a proof or a fold must not run code that watches the user's model.
+    Hooks stay behind: a proof or a fold must not run code that watches the user's model. Those that compute a
+    weight are part of what the module computes.
     """
     # Not copy.copy(): parametrized modules refuse it, because pickling them would not work.
     clone = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():
         if name.startswith(_HOOKS):
-            clone.__dict__[name] = type(value)()
+            clone.__dict__[name] = type(value)((key, hook) for key, hook in value.items() if computes(hook))
         elif isinstance(value, dict | list | set):
             clone.__dict__[name] = copy.copy(value)
     for name, parameter in module._parameters.items():
@@ -62,6 +65,13 @@ def in_float64(module: nn.Module) -> nn.Module:
     return with_tensors(
         module, lambda _, old: old.clone().double() if old.is_floating_point() else old.clone()
     )
+
+
+def materialised(module: nn.Module) -> nn.Module:
+    """A copy of `module` in float64 and eval mode, its computed tensors plain parameters, not rounded."""
+    wide = in_float64(module).eval()
+    make_plain(wide)
+    return wide
 
 
 def from_store(module: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:

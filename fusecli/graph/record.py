@@ -39,6 +39,7 @@ class Run:
     numbers: Callable[[], nn.Module]
     fakes: bool = True
     _biased: dict[frozenset[str], Recording] = field(default_factory=dict, repr=False)
+    _unbiased: dict[type | None, UsageError] = field(default_factory=dict, repr=False)
 
     @cached_property
     def recording(self) -> Recording:
@@ -46,10 +47,22 @@ class Run:
         return self._recorded(())
 
     def with_biases(self, layers: Collection[str]) -> Recording:
-        """The same run with a zero bias on each of these layers: does anything read it?"""
+        """The same run with a zero bias on each of these layers: does anything read it?
+
+        Raises UsageError where the model does not run so; what one layer does not take, no other of its class
+        is asked for.
+        """
         key = frozenset(layers)
+        alone = type(self.structure.get_submodule(next(iter(layers)))) if len(key) == 1 else None
+        if alone in self._unbiased:
+            raise self._unbiased[alone]
         if key not in self._biased:
-            self._biased[key] = self._recorded(layers)
+            try:
+                self._biased[key] = self._recorded(layers)
+            except UsageError as error:
+                if alone is not None:
+                    self._unbiased[alone] = error
+                raise
         return self._biased[key]
 
     def _recorded(self, biased: Collection[str]) -> Recording:

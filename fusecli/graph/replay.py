@@ -1,4 +1,5 @@
-"""Recorded ops run again on tensors with numbers: what a value is, once those that it is made from are known."""
+"""Recorded ops run again on tensors with numbers: what a value is, once those that it is made from are
+known."""
 
 from __future__ import annotations
 

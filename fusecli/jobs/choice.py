@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fusecli.engine import Decision, Group, Offer, Vocabulary, discover, needed, plan, shared_roots
+from fusecli.engine import (
+    Decision,
+    Group,
+    Offer,
+    Vocabulary,
+    computed_layers,
+    discover,
+    needed,
+    plan,
+    shared_roots,
+)
 from fusecli.errors import Problem, UsageError
-from fusecli.graph.kinds import norms, without_statistics
+from fusecli.graph.kinds import LAYER_KINDS, norms, without_statistics
 from fusecli.graph.record import Run
 from fusecli.jobs.fold import Fold, Refused, plan_fold
 from fusecli.jobs.source import Source
@@ -32,6 +42,8 @@ class Choice:
     asked    the spec's own: if one of them is refused, nothing is done
     offer    what the run shows besides; None where nothing was recorded
     taking   whether the offer is taken, or only accounted for
+    alone    computed layers that are made plain where no group has them
+    musts    those of them that nobody may leave out
     dropped  groups that were left out on the way, and why
     """
 
@@ -39,12 +51,17 @@ class Choice:
     asked: Sequence[Group]
     offer: Offer | None = None
     taking: bool = False
+    alone: Sequence[str] = ()
+    musts: frozenset[str] = frozenset()
     dropped: dict[tuple[str, ...], Refusal] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[Group]:
         offered = self.offer.groups if self.offer is not None and self.taking else ()
-        return [group for group in (*self.asked, *offered) if group.modules not in self.dropped]
+        groups = [group for group in (*self.asked, *offered) if group.modules not in self.dropped]
+        held = {path for group in groups for path in group.modules}
+        single = [(path,) for path in self.alone if path not in held]
+        return groups + [Group(modules) for modules in single if modules not in self.dropped]
 
     @property
     def norms(self) -> list[str]:
@@ -66,7 +83,7 @@ class Choice:
 
     def may_drop(self, refused: Iterable[Refusal]) -> bool:
         """Whether nobody has asked for these groups: what was only discovered may turn out to be unsound."""
-        asked = {group.modules for group in self.asked}
+        asked = {group.modules for group in self.asked} | {(path,) for path in self.musts}
         return all(refusal.group not in asked for refusal in refused)
 
     def unfused(
@@ -140,11 +157,14 @@ def looked(
 ) -> tuple[nn.Module, Run, Choice]:
     """The model as it will be planned on, a run of it on `sample`, and the groups.
 
-    structure  makes that model, with copies of what `source.owns` names: with `shared: clone` this is where
-               it is found out which modules need one
+    structure  makes that model, with copies of what `source.owns` names and plain layers for `source.bakes`:
+               this is where it is found out which modules need either
     numbers    makes the same, to be run
     """
     model = structure()
+    source.bakes = _bakes(spec, source, ModuleTree(model))
+    if source.bakes:
+        model = structure()
     if spec.shared == "clone":
         source.owns = shared_roots(ModuleTree(model), source.vocabulary)
         if source.owns:
@@ -152,11 +172,43 @@ def looked(
             tree, modules = ModuleTree(apart.structure), dict(apart.structure.named_modules())
             choice = chosen(spec, tree, modules, asked, apart, source.vocabulary)
             sound = plan(tree, choice.groups, source.vocabulary, apart).decisions
-            source.owns = needed(source.owns, sound)  # the others stay tied
+            alone = [*_alone(source, choice, apart), *(g.modules[0] for g in asked if len(g.modules) == 1)]
+            source.owns = needed(source.owns, sound, alone)  # the others stay tied
             model = structure()
     run = Run(model, sample, numbers, fakes)
     modules = dict(model.named_modules())
-    return model, run, chosen(spec, ModuleTree(model), modules, asked, run, source.vocabulary)
+    choice = chosen(spec, ModuleTree(model), modules, asked, run, source.vocabulary)
+    choice.alone = _alone(source, choice, run)
+    choice.musts = adapted(source)
+    return model, run, choice
+
+
+def _bakes(spec: Spec, source: Source, tree: ModuleTree) -> dict[str, str]:
+    """The layers that are made plain: an adapter's, and with `bake: true` all that are not excluded."""
+    found = computed_layers(tree, source.vocabulary)
+    names = NameTree([path for path in tree.modules if path], spec.exclude)
+    return {
+        path: rule
+        for path, rule in found.items()
+        if rule != "bake" or (spec.bake and not names.excluded(path))
+    }
+
+
+def adapted(source: Source) -> frozenset[str]:
+    """The layers that an adapter is added to: a model without a part of it is another model."""
+    return frozenset(path for path, rule in source.bakes.items() if rule == "lora")
+
+
+def _alone(source: Source, choice: Choice, run: Run) -> list[str]:
+    """Layers that are made plain though no group takes them: an adapter's, and where the choice is free those
+    that the run has called."""
+    must, kind = adapted(source), source.vocabulary.kind
+    return [
+        path
+        for path in source.bakes
+        if path in must
+        or (choice.taking and kind(choice.modules[path]) in LAYER_KINDS and run.recording.visits_of(path))
+    ]
 
 
 def settled(

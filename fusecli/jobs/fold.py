@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fusecli.algebra.blocks import undivided
 from fusecli.checkpoint import write_pt, write_safetensors
-from fusecli.engine import Decision, Group, Plan, compute, owning, plan, refusal
+from fusecli.engine import Decision, Group, Plan, alone, baking, compute, owning, plan, refusal
 from fusecli.errors import NotFoldable, UsageError
 from fusecli.graph.kinds import kind_of
 from fusecli.graph.materialise import with_tensors
@@ -115,11 +115,16 @@ def _planned(
     source: Source, skeleton: nn.Module, groups: list[Group], run: Run | None
 ) -> tuple[Plan, list[Rewrite], list[Refusal]]:
     tree = ModuleTree(skeleton)
-    planned = plan(tree, groups, source.vocabulary, run)
-    if source.owns:
-        decisions = tuple(owning(decision, source.owns) for decision in planned.decisions)
-        planned = replace(planned, decisions=decisions)
+    planned = plan(tree, [group for group in groups if len(group.modules) > 1], source.vocabulary, run)
     refused = list(planned.refused)
+    decisions = list(planned.decisions)
+    for group in (group for group in groups if len(group.modules) == 1):
+        try:
+            decisions.append(alone(tree, group, source.bakes, source.vocabulary, run))
+        except NotFoldable as no:
+            refused.append(refusal(group, no))
+    prepared = (owning(baking(decision, source.bakes), source.owns) for decision in decisions)
+    planned = replace(planned, decisions=tuple(prepared))
     rewrites: list[Rewrite] = []
     for decision in planned.decisions:
         try:

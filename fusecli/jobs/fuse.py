@@ -163,7 +163,7 @@ class _Job:
                 self.spec,
                 self.source,
                 self.source.skeleton,
-                self.source.original,
+                self.source.runnable,
                 self._sample(),
                 asked,
             )

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fusecli.checkpoint import Checkpoint, StoredTensor
-from fusecli.engine import Decision, compute_all, replaced, separate
+from fusecli.engine import Decision, bake_tree, compute_all, replaced, separate
+from fusecli.engine.baking import Bakes
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import duplicate
 from fusecli.jobs.fold import Fold, Refused
@@ -31,16 +32,19 @@ def applied(
     lost = [entry for rewrite in rewrites for entry in apply_rewrite(tree, rewrite)]
     if decisions:
         custom = any(decision.custom for decision in decisions)
-        tree.note_groups((decision.group.modules for decision in decisions), custom=custom)
+        tree.note_groups({decision.group.modules: decision.rule for decision in decisions}, custom=custom)
     return model, lost
 
 
-def apart(model: nn.Module, roots: Sequence[str]) -> nn.Module:
-    """The model itself, or a copy in which these modules share nothing with other names."""
-    if not roots:
+def apart(model: nn.Module, roots: Sequence[str], bakes: Bakes | None = None) -> nn.Module:
+    """The model itself, or a copy in which these modules share nothing with other names, and these layers are
+    plain, their weights rounded: enough to plan on and to record."""
+    if not roots and not bakes:
         return model
     twin = duplicate(model)
+    twin.eval()  # by itself: a class may have a train() that returns nothing
     separate(ModuleTree(twin), roots)
+    bake_tree(ModuleTree(twin), bakes or {})
     return twin
 
 

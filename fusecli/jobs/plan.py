@@ -74,7 +74,7 @@ def plan_file(
         tick("recording one forward")
         seed = request.seed if request.seed is not None else spec.verify.seed
         sample = samples_of(spec, seed, 1)[0]
-        skeleton, run, choice = looked(spec, source, source.skeleton, source.original, sample, ())
+        skeleton, run, choice = looked(spec, source, source.skeleton, source.runnable, sample, ())
         names = [path for path in ModuleTree(skeleton).modules if path]
         bind_groups(spec, names)  # there are none; an exclude that matches nothing is a slip
         check_around(request.around or (), names)
@@ -162,6 +162,10 @@ def _base(request: PlanRequest, spec: Spec) -> Iterator[str]:
             "checkpoint",
             "model",
             "inputs",
+            "bake",
+            "rules",
+            "no_rules",
+            "allow_restructure",
             "shared",
             "target",
             "exclude",

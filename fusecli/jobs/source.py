@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusecli import rules
 from fusecli.artifact import load_strictly, loaded, tie, ties_of
 from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent, load_class, load_object
-from fusecli.engine import CustomFuser, Group, Vocabulary, separate
+from fusecli.engine import CustomFuser, Group, Vocabulary, bake_tree, separate
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import duplicate, with_tensors
 from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
@@ -32,7 +34,8 @@ _BUILT = "_fusecli_built"  # on a model that a factory has made
 class Source:
     """What is fused: `build` makes a fresh model of the user's class; None: only the tensors are at hand.
 
-    owns  modules that share their tensors in that class, and are given a copy of their own
+    owns   modules that share their tensors in that class, and are given a copy of their own
+    bakes  layers whose weight is computed, and that are made plain, with the rule that does it
     """
 
     checkpoint: Checkpoint
@@ -40,6 +43,8 @@ class Source:
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     ledger: list[LedgerEntry] = field(default_factory=list)
     owns: list[str] = field(default_factory=list)
+    bakes: dict[str, str] = field(default_factory=dict)
+    _computed: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def skeleton(self) -> nn.Module:
         """The model on the meta device with the stored shapes and dtypes: structure without numbers.
@@ -62,6 +67,10 @@ class Source:
         }
         load_strictly(model, {**stored, **self.checkpoint.others}, str(self.checkpoint.path))
         model.eval()  # by itself: a class may have a train() that returns nothing
+        tree = ModuleTree(model)
+        # As they are in the checkpoint: a fold starts from what is stored.
+        self._computed = {path: with_tensors(tree[path], lambda _, old: old) for path in self.bakes}
+        bake_tree(tree, self.bakes)
         return model
 
     def _separate(self, model: nn.Module) -> None:
@@ -86,6 +95,12 @@ class Source:
         model.eval()
         return model
 
+    def runnable(self) -> nn.Module:
+        """The original with the structure of the skeleton, to be run: its computed weights are rounded."""
+        model = self.original()
+        bake_tree(ModuleTree(model), self.bakes)
+        return model
+
     @cached_property
     def built(self) -> dict[str, nn.Module]:
         """Modules of a fresh model by path, for the tensors that no checkpoint holds."""
@@ -93,7 +108,8 @@ class Source:
         return dict(self.build().named_modules(remove_duplicate=False))
 
     def member(self, path: str, skeleton: nn.Module) -> nn.Module:
-        """The module at `path` with its tensors from the checkpoint; `skeleton` is the meta model's."""
+        """The module at `path` with its tensors from the checkpoint, a computed weight still to be computed;
+        `skeleton` is the meta model's."""
 
         def fetch(name: str, old: Tensor) -> Tensor:
             stored = self.checkpoint.tensors.get(f"{path}.{name}")
@@ -103,7 +119,7 @@ class Source:
                 return old
             return self.built[path].get_buffer(name) if "." not in name else _deep(self.built[path], name)
 
-        return with_tensors(skeleton, fetch)
+        return with_tensors(self._computed.get(path, skeleton), fetch)
 
 
 def _deep(module: nn.Module, name: str) -> Tensor:
@@ -147,7 +163,21 @@ def vocabulary_of(spec: Spec, consent: Consent) -> Vocabulary:
             treat[load_class(extra.treat or "", consent, folder)] = load_class(
                 extra.as_ or "", consent, folder
             )
-    return Vocabulary(tuple(fusers), treat)
+    return Vocabulary(tuple(fusers), treat, _chosen_rules(spec), spec.allow_restructure)
+
+
+def _chosen_rules(spec: Spec) -> frozenset[str] | None:
+    """The names of the rules that may be used; raises UsageError for one that is not there."""
+    known = rules.names()
+    for key, listed in (("rules", spec.rules), ("no_rules", spec.no_rules)):
+        for name in listed:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                fix = f"did you mean '{near[0]}'?" if near else "'fusecli rules' lists all"
+                raise UsageError(Problem(f"rule '{name}' is unknown", spec.where((key,)), fix))
+    if not (spec.rules or spec.no_rules):
+        return None
+    return frozenset(spec.rules or known) - frozenset(spec.no_rules)
 
 
 def folder_of(spec: Spec) -> Path:

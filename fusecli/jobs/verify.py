@@ -15,7 +15,7 @@ from torch import nn
 from fusecli.artifact import artifact_at, manifest_of
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent
-from fusecli.engine import Group
+from fusecli.engine import Group, rules_in
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
@@ -26,7 +26,7 @@ from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, planted, source_of
 from fusecli.jobs.verdicts import judged, recorded, strictly
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
-from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, ModuleTree, Opaque, Own, Remainder
+from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, ModuleTree, Opaque, Own, Plain, Remainder
 from fusecli.spec import Spec
 
 _STATUS = {
@@ -98,11 +98,14 @@ def _no_original(request: VerifyRequest) -> UsageError:
 def _structure(
     checkpoint: Checkpoint, spec: Spec | None, manifest: Manifest, consent: Consent, fused: Path
 ) -> tuple[Source, nn.Module, list[Group]]:
-    groups = [Group(record.planned, hints=record.hints) for record in manifest.groups]
+    groups = [Group(g.planned, hints=g.hints, rules=rules_in(g.rule)) for g in manifest.groups]
     owns = list(dict.fromkeys(edit.path for edit in manifest.edits if isinstance(edit, Own)))
+    bakes = {edit.path: "bake" for edit in manifest.edits if isinstance(edit, Plain)}
     if spec is not None or checkpoint.module is not None:
         source = source_of(checkpoint, spec or Spec(), consent)
-        source.owns = owns
+        source.owns, source.bakes = owns, bakes
+        # What was done is judged, not whether this spec would do it.
+        source.vocabulary = replace(source.vocabulary, rules=None)
         if source.build is not None:
             return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
@@ -174,7 +177,7 @@ def _run(request: VerifyRequest, source: Source, skeleton: nn.Module) -> Run | N
     if source.build is None or request.spec is None:
         return None
     seed = request.seed if request.seed is not None else request.spec.verify.seed
-    return Run(skeleton, samples_of(request.spec, seed, 1)[0], source.original)
+    return Run(skeleton, samples_of(request.spec, seed, 1)[0], source.runnable)
 
 
 def _edits(fold: Fold) -> tuple[object, ...]:

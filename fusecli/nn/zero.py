@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 
 class Zero(nn.Module):
-    """A scalar 0 in the dtype and on the device of what it is given: added to anything, it changes nothing."""
+    """A scalar 0 in the dtype and on the device of what it is given: added to anything, it changes
+    nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(())

@@ -3,12 +3,14 @@
 from fusecli.rewrite.apply import apply_edits, apply_rewrite
 from fusecli.rewrite.edits import (
     Bias,
+    Bordered,
     Container,
     Edit,
     Identity,
     Opaque,
     Own,
     Passed,
+    Plain,
     Remainder,
     Resize,
     Rewrite,
@@ -21,6 +23,7 @@ from fusecli.rewrite.tree import ModuleTree, plant
 __all__ = [
     "MANIFEST_KEY",
     "Bias",
+    "Bordered",
     "Container",
     "Edit",
     "GroupRecord",
@@ -31,6 +34,7 @@ __all__ = [
     "Opaque",
     "Own",
     "Passed",
+    "Plain",
     "Remainder",
     "Resize",
     "Rewrite",

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from fusecli import nn as fused
-from fusecli.nn import container_class
+from fusecli.nn import container_class, make_plain
 from fusecli.outcome import LedgerEntry
 from fusecli.rewrite.edits import (
     Bias,
+    Bordered,
     Container,
     Edit,
     Identity,
     Opaque,
     Own,
     Passed,
+    Plain,
     Remainder,
     Resize,
     Rewrite,
@@ -32,8 +34,8 @@ def apply_rewrite(tree: ModuleTree, rewrite: Rewrite) -> tuple[LedgerEntry, ...]
     """Sets the new tensors, then does the edits; returns what was lost on the way."""
     # What a custom fuser returned brings its own tensors, at any depth below its path.
     opaque = tuple(f"{edit.path}." for edit in rewrite.edits if isinstance(edit, Opaque))
-    # A module of its own comes before its bias, and both before the tensors.
-    early = [edit for edit in rewrite.edits if isinstance(edit, Own | Resize | Bias)]
+    # A module of its own comes before its plain weight, that before its bias, and all before the tensors.
+    early = [edit for edit in rewrite.edits if isinstance(edit, Own | Plain | Resize | Bordered | Bias)]
     lost = _do(tree, early)
     set_tensors(tree, {k: t for k, t in rewrite.tensors.items() if not k.startswith(opaque)})
     return tuple(lost + _do(tree, (edit for edit in rewrite.edits if edit not in early)))
@@ -70,6 +72,13 @@ def _do(tree: ModuleTree, edits: Iterable[Edit]) -> list[LedgerEntry]:
 
 def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
     match edit:
+        case Plain(path):
+            make_plain(tree[path])
+            tree.note_plain(path)
+        case Bordered(path):
+            conv = tree[path]
+            if type(conv) not in (fused.BorderedConv1d, fused.BorderedConv2d, fused.BorderedConv3d):
+                tree.replace(path, fused.bordered(conv))
         case Bias(path):
             _add_bias(tree[path])
         case Resize(path, sizes):

@@ -21,6 +21,14 @@ class Own:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """The weight and bias of the layer at `path`, if computed from other tensors, become its own parameters;
+    what they were computed from is gone. A layer that is plain already stays as it is."""
+
+    path: str
+
+
+@dataclass(frozen=True)
 class Bias:
     """The layer at `path` gets a bias parameter if it has none; its class, forward and hooks stay."""
 
@@ -53,7 +61,8 @@ class Passed:
 
 @dataclass(frozen=True)
 class Zero:
-    """The branch that ends in the module at `path` was added to the layer at `into`: it gives a scalar zero."""
+    """The branch that ends in the module at `path` was added to the layer at `into`: it gives a scalar
+    zero."""
 
     path: str
     into: str
@@ -61,11 +70,19 @@ class Zero:
 
 @dataclass(frozen=True)
 class Resize:
-    """The layer at `path` gets other sizes: `sizes` are its attributes by name, each with one or more numbers,
-    and its weight will have a shape to match."""
+    """The layer at `path` gets other sizes: `sizes` are its attributes by name, each with one or more
+    numbers, and its weight will have a shape to match."""
 
     path: str
     sizes: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Bordered:
+    """The convolution at `path` becomes a fusecli.nn one that pads with its buffer `border`, one value for
+    each input channel; its other tensors keep their names."""
+
+    path: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ class Opaque:
     result: nn.Module | None = field(default=None, compare=False, repr=False)
 
 
-Edit = Own | Resize | Bias | Identity | Passed | Zero | Container | Remainder | Opaque
+Edit = Own | Bordered | Plain | Resize | Bias | Identity | Passed | Zero | Container | Remainder | Opaque
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fusecli.rewrite.edits import Container, Edit, Identity, Opaque, Passed, Remainder, Zero
+from fusecli.nn import is_source
+from fusecli.rewrite.edits import Container, Edit, Identity, Opaque, Passed, Plain, Remainder, Zero
 
 
 class KeyMap:
@@ -15,10 +16,13 @@ class KeyMap:
 
     def __init__(self, edits: Iterable[Edit]) -> None:
         self._moves: dict[str, str | None] = {}
+        self._plain: set[str] = set()
         for edit in edits:
             match edit:
                 case Identity(path) | Passed(path) | Zero(path):
                     self._moves[path] = None
+                case Plain(path):
+                    self._plain.add(path)
                 case Remainder(path, _, members):
                     self._moves[path] = None
                     self._moves.update({f"{path}.{name}": f"{path}.{name}" for name in members})
@@ -33,6 +37,8 @@ class KeyMap:
         while path:
             path, _, name = path.rpartition(".")
             rest = f"{name}.{rest}" if rest else name
+            if path in self._plain and is_source(rest):
+                return None
             if path in self._moves:
                 moved = self._moves[path]
                 return None if moved is None else f"{moved}.{rest}"

@@ -12,12 +12,14 @@ from fusecli.nn import container_class
 from fusecli.outcome import Evidence
 from fusecli.rewrite.edits import (
     Bias,
+    Bordered,
     Container,
     Edit,
     Identity,
     Opaque,
     Own,
     Passed,
+    Plain,
     Remainder,
     Resize,
     Zero,
@@ -31,7 +33,7 @@ RESIZABLE = (
 )
 _EDITS: dict[str, type[Any]] = {
     cls.__name__.lower(): cls
-    for cls in (Own, Resize, Bias, Identity, Passed, Zero, Container, Remainder, Opaque)
+    for cls in (Own, Plain, Resize, Bordered, Bias, Identity, Passed, Zero, Container, Remainder, Opaque)
 }
 
 

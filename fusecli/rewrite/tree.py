@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from torch import nn
 # twice. Empty: a custom fuser took part, so that names do not tell all that was done.
 _GROUPS = "_fusecli_groups"
 _OWN = "_fusecli_own"
+_PLAIN = "_fusecli_plain"
 
 
 class ModuleTree:
@@ -26,20 +27,35 @@ class ModuleTree:
     @property
     def fused_groups(self) -> tuple[tuple[str, ...], ...]:
         """The groups that fusecli has fused in this model already."""
-        groups: tuple[tuple[str, ...], ...] = self.model.__dict__.get(_GROUPS, ())
-        return groups
+        return tuple(self.rules_of_groups)
 
-    def note_groups(self, groups: Iterable[tuple[str, ...]], *, custom: bool) -> None:
+    @property
+    def rules_of_groups(self) -> dict[tuple[str, ...], str]:
+        """Those groups, each with its rules, joined by "+"."""
+        return dict(self.model.__dict__.get(_GROUPS, {}))
+
+    def note_groups(self, groups: Mapping[tuple[str, ...], str], *, custom: bool) -> None:
         """Adds to `fused_groups`, unless custom fusers took part, now or before."""
         state = self.model.__dict__
         earlier = state.get(_GROUPS)
-        state[_GROUPS] = () if custom or earlier == () else tuple(dict.fromkeys((*(earlier or ()), *groups)))
+        state[_GROUPS] = {} if custom or earlier == {} else {**(earlier or {}), **groups}
 
     @property
     def own_copies(self) -> tuple[str, ...]:
         """The modules that fusecli has given a copy of their own in this model."""
         roots: tuple[str, ...] = self.model.__dict__.get(_OWN, ())
         return roots
+
+    @property
+    def made_plain(self) -> tuple[str, ...]:
+        """The layers of this model whose computed weights fusecli has made plain."""
+        paths: tuple[str, ...] = self.model.__dict__.get(_PLAIN, ())
+        return paths
+
+    def note_plain(self, path: str) -> None:
+        self.model.__dict__[_PLAIN] = tuple(dict.fromkeys((*self.made_plain, path)))
+        for name in [name for name in self.modules if name.startswith(f"{path}.parametrizations")]:
+            del self.modules[name]
 
     def replace(self, path: str, module: nn.Module) -> None:
         """Puts `module` where `path` leads; the root itself has no place to be replaced at."""

@@ -29,17 +29,20 @@ EQUATIONS = ("fold_output", "fold_input", "sum_parallel", "compose", "none")
 class Rule:
     """A pattern of kinds (fusecli.graph.kinds, alternatives joined by "|") and what it rewrites to.
 
-    equation  which of the four equations of the algebra it is; "none" where nothing is computed
+    equation      which of the four equations of the algebra it is; "none" where nothing is computed
+    restructures  whether a layer becomes one of another class: only where the user allows it
     """
 
     name: str
     pattern: tuple[str, ...]
     rewrite: Callable[..., Rewrite]
     equation: str = "fold_output"
+    restructures: bool = False
 
     @property
     def listed(self) -> bool:
-        """Whether a list of names is enough to use it; the others need a run that shows how they are joined."""
+        """Whether a list of names is enough to use it; the others need a run that shows how they are
+        joined."""
         return self.equation in ("fold_output", "none")
 
     def matches(self, kinds: tuple[str, ...]) -> bool:
@@ -53,14 +56,14 @@ _RULES: dict[str, Rule] = {}
 
 
 def rule(
-    *pattern: str, equation: str = "fold_output"
+    *pattern: str, equation: str = "fold_output", restructures: bool = False
 ) -> Callable[[Callable[..., Rewrite]], Callable[..., Rewrite]]:
     """Makes the function below it the rule of its file."""
     if equation not in EQUATIONS:
         raise ValueError(f"{equation!r} is none of {EQUATIONS}")
 
     def register(function: Callable[..., Rewrite]) -> Callable[..., Rewrite]:
-        _RULES[function.__name__] = Rule(function.__name__, pattern, function, equation)
+        _RULES[function.__name__] = Rule(function.__name__, pattern, function, equation, restructures)
         return function
 
     return register
@@ -80,8 +83,8 @@ def describe(name: str) -> str:
 
 @cache
 def all_rules() -> tuple[Rule, ...]:
-    """Every rule in the order they are tried: by equation, the longest pattern first, so that a group finds the
-    rule that takes most of it. It does not depend on the order of imports."""
+    """Every rule in the order they are tried: by equation, the longest pattern first, so that a group finds
+    the rule that takes most of it. It does not depend on the order of imports."""
     for name in names():
         importlib.import_module(f"fusecli.rules.{name}")
     order = {name: number for number, name in enumerate(EQUATIONS)}

@@ -10,9 +10,22 @@ from torch import Tensor, nn
 
 from fusecli.algebra import ChannelAffine, LinearOp, round_once
 from fusecli.errors import require
-from fusecli.graph.lift import channel_affine, linear_op, lowered, sizes_of
+from fusecli.graph.kinds import is_exact
+from fusecli.graph.lift import adapter_of, channel_affine, linear_op, lowered, sizes_of
+from fusecli.graph.materialise import materialised
 from fusecli.nn import container_for
-from fusecli.rewrite import Bias, Container, Edit, Identity, Passed, Remainder, Resize, Rewrite, Zero
+from fusecli.rewrite import (
+    Bias,
+    Bordered,
+    Container,
+    Edit,
+    Identity,
+    Passed,
+    Remainder,
+    Resize,
+    Rewrite,
+    Zero,
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,17 @@ class Member:
         return self.route.affine(self.module).spread(channels, shifts=self.route.shifts)
 
     @property
+    def materialised(self) -> dict[str, Tensor]:
+        """The parameters of a layer whose weight or bias is computed, as they are then, in float64."""
+        plain = materialised(self.module)._parameters
+        return {f"{self.path}.{name}": p.detach() for name, p in plain.items() if p is not None}
+
+    @property
+    def adapter(self) -> tuple[LinearOp, LinearOp, LinearOp, ChannelAffine]:
+        """The layer without its adapter, the adapter's A and B, and the scale of their product."""
+        return adapter_of(self.module)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The stored dtype of the layer's weight: a fold is rounded to it, once."""
         weight = self.module._parameters["weight"]
@@ -74,6 +98,16 @@ class Member:
         if (op.geometry, op.weight.shape) != (self.op.geometry, self.op.weight.shape):
             edits = (Resize(self.path, tuple(sizes_of(op, self.path, self.module).items())), *edits)
         return Rewrite(lowered(self.path, op), edits)
+
+    def computes(self, op: LinearOp) -> Rewrite:
+        """As `becomes`, for a layer whose own padding is no part of `op`."""
+        return Rewrite(lowered(self.path, op), () if op.bias is None else (Bias(self.path),))
+
+    def bordered_with(self, f: ChannelAffine) -> Rewrite:
+        """The convolution pads with what f turns into 0."""
+        require(is_exact(self.module), "fixed-size", f"the class of {self.path} is not known")
+        border = {f"{self.path}.border": round_once(f.root, self.dtype)}
+        return Rewrite(border, (Bordered(self.path),))
 
     def becomes_affine(self, f: ChannelAffine) -> Rewrite:
         """The norm computes f: gamma = s sqrt(var + eps), beta = t + mean s; its statistics stay."""

@@ -3,8 +3,8 @@
 What it fuses   BatchNorm (or another norm with running statistics), then Conv1d-3d or ConvTranspose1d-3d; all
                 of them, where several read the norm
 Equation        fold_input:  W (s x + t) + b = (W s) x + (W t + b)
-Exact when      the convolution pads with nothing, or by repeating its input (reflect, replicate, circular), or
-                the shift is 0; a transposed convolution only with kernel 1, or a shift of 0
+Exact when      the convolution pads with nothing, or by repeating its input (reflect, replicate, circular),
+                or the shift is 0; a transposed convolution only with kernel 1, or a shift of 0
 Refuses when    zeros are padded and there is a shift (padding-border), the transposed kernel is larger
                 (transposed-shift), something that is no layer reads the norm too
 Before          bn (weight, bias, running_mean, running_var) -> conv (weight[, bias])

@@ -5,7 +5,8 @@ What it fuses   BatchNorm (or another norm with running statistics), then Linear
 Equation        fold_input:  W (s x + t) + b = (W s) x + (W t + b); behind a flatten each channel of the norm
                 arrives at many features
 Exact when      always
-Refuses when    the norm's channels are not the layer's features, something that is no layer reads the norm too
+Refuses when    the norm's channels are not the layer's features, something that is no layer reads the norm
+                too
 Before          bn (weight, bias, running_mean, running_var) -> linear (weight[, bias])
 After           Identity -> linear (weight, bias)
 """

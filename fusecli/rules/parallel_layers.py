@@ -1,6 +1,7 @@
 """Makes two layers that read the same tensor and are added into one (RepVGG, MobileOne, RepLK, ACNet).
 
-What it fuses   two convolutions, transposed convolutions or linear layers with one input and a sum behind them
+What it fuses   two convolutions, transposed convolutions or linear layers with one input and a sum behind
+                them
 Equation        sum_parallel:  (A x + a) + (B x + b) = (A + B) x + (a + b); the smaller kernel gets taps of 0
 Exact when      stride, groups and dilation are the same and both kernels have the same centre
 Refuses when    they differ, something else reads one of the branches, the layer would have to grow and its

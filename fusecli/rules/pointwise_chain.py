@@ -25,7 +25,7 @@ def pointwise_chain(first: Member, second: Member) -> Rewrite:
     require(
         product.weight.numel() < before,
         "grows",
-        f"the product of {first.path} and {second.path} has {product.weight.numel()} weights, they have {before}",
+        f"{first.path} and {second.path} have {before} weights, their product {product.weight.numel()}",
         remedy="keep both layers",
     )
     return first.becomes(product) + second.absorbed_into(first)

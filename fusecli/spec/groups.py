@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
 
 from fusecli.spec.part import Count, Eps, Listed, Maybe, Part, Pattern
 from fusecli.spec.scalars import one_of, problem
@@ -26,7 +26,7 @@ class GroupSpec(Part):
     """One entry of `groups`: names or patterns in the order of the dataflow.
 
     kind, groups, eps and stride describe the first layer and its norm where no module can be asked.
-    A single stride stands for all dimensions.
+    A single stride stands for all dimensions. A single name is a layer that is baked and not folded.
     """
 
     modules: Listed[Pattern]
@@ -47,9 +47,9 @@ class GroupSpec(Part):
 
     @field_validator("modules")
     @classmethod
-    def _two_or_more(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+    def _two_or_more(cls, modules: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not modules:
             raise problem("this group is empty", "list the names to fuse: [conv1, bn1], or remove it")
-        if len(modules) == 1:
+        if len(modules) == 1 and not (info.context or {}).get("alone"):
             raise problem("a group needs at least two names", "list what is fused into what: [conv1, bn1]")
         return modules

@@ -57,7 +57,8 @@ def _validated(root: Node, findings: list[Finding], origin: Origin) -> Spec:
     hidden = 0
     root = _one_group_is_a_list_of_groups(root)
     try:
-        spec = Spec.model_validate(nodes.unwrap(root))
+        content = nodes.unwrap(root)
+        spec = Spec.model_validate(content, context={"alone": _may_stand_alone(content)})
     except ValidationError as error:
         details = error.errors(include_url=False)
         found = [_finding(detail, root) for detail in details[: nodes.MOST_PROBLEMS]]
@@ -69,6 +70,13 @@ def _validated(root: Node, findings: list[Finding], origin: Origin) -> Spec:
         raise UsageError(*nodes.in_order(findings, hidden))
     spec._origin = Origin(origin.source, origin.sha256, root)
     return spec
+
+
+def _may_stand_alone(content: object) -> bool:
+    """Whether something is done to a layer by itself, so that a group may have one name."""
+    if not isinstance(content, dict):
+        return False
+    return content.get("bake") in (True, "true", "True", "TRUE") or bool(content.get("adapter"))
 
 
 def _one_group_is_a_list_of_groups(root: Node) -> Node:

@@ -75,7 +75,10 @@ class Spec(Part):
 
     discover  also fuse what the dataflow offers
     target    what discovery is for: "inference" folds norms, "quant" puts a ReLU into a container too
+    bake      layers whose weight is computed (weight_norm, a pruning mask) are made plain, and then folded
     shared    a weight or module with several names: refuse to fold it, or clone it for each name
+    rules     the rules that may be used; empty: all but `no_rules`
+    allow_restructure  a layer may become one of another class, where only that is exact
     """
 
     version: Annotated[int, BeforeValidator(read_int)] = 1
@@ -83,11 +86,15 @@ class Spec(Part):
     model: Maybe[Section[Model]] = None
     inputs: Listed[InputEntry] = ()
     qat: Flag = False
+    bake: Flag = False
     groups: Listed[GroupSpec] = ()
     assume: Section[Assume] = Assume()
     discover: Flag = False
     target: Annotated[Target, BeforeValidator(one_of("target", get_args(Target)))] = "inference"
     shared: Annotated[Shared, BeforeValidator(one_of("shared", get_args(Shared)))] = "refuse"
+    rules: Listed[Text] = ()
+    no_rules: Listed[Text] = ()
+    allow_restructure: Flag = False
     exclude: Listed[Pattern] = ()
     extra_mappings: Listed[Section[ExtraMapping]] = ()
     verify: Section[Verify] = Verify()

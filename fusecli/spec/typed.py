@@ -29,6 +29,10 @@ def spec_from_options(
     target: str | None = None,
     exclude: Sequence[str] = (),
     shared: str | None = None,
+    bake: bool = False,
+    rules: str | None = None,
+    no_rules: str | None = None,
+    allow_restructure: bool = False,
 ) -> Spec:
     """The spec in the file at `path`, or an empty one, with what was typed in place of what it says.
 
@@ -46,6 +50,13 @@ def spec_from_options(
         typed["discover"] = True
     if target is not None:
         typed["target"] = target
+    for key, names in (("rules", rules), ("no_rules", no_rules)):
+        if names is not None:
+            typed[key] = [name.strip() for name in names.split(",") if name.strip()]
+    if allow_restructure:
+        typed["allow_restructure"] = True
+    if bake:
+        typed["bake"] = True
     if shared is not None:
         typed["shared"] = shared
     if exclude:

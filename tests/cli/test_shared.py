@@ -232,7 +232,7 @@ class Net(nn.Module):
         self.other = nn.BatchNorm2d(6)
 
     def forward(self, x):
-        return self.bn(self.a(x)) + self.bn(self.b(x))
+        return self.bn(self.a(x)) * self.bn(self.b(x))
 
 build = Net
 """

@@ -106,13 +106,14 @@ def far(one: object, other: object) -> float:
 
 
 def names_moved(model: nn.Module, fused: nn.Module) -> list[str]:
-    """What a user of `model` would miss in `fused`: its class, keys of the state dict that are new (but for the
-    bias of a layer) or hold another shape, and those that are gone from a module that has others still."""
+    """What a user of `model` would miss in `fused`: its class, and keys of the state dict. Those that are new
+    (but for the bias of a layer), hold another shape, or are gone from a module that has others still."""
     before, after = model.state_dict(), fused.state_dict()
     holders = {key.rpartition(".")[0] for key in after}
     moved = [type(fused).__qualname__] if type(fused) is not type(model) else []
-    for key in after:
-        bias = key.endswith(".bias") and f"{key[:-4]}weight" in before
-        if key not in before and not bias or key in before and before[key].shape != after[key].shape:
+    for key, tensor in after.items():
+        if key in before:
+            moved += [key] * (before[key].shape != tensor.shape)
+        elif not (key.endswith(".bias") and f"{key[:-4]}weight" in before):
             moved.append(key)
     return [*moved, *(key for key in before if key not in after and key.rpartition(".")[0] in holders)]
