@@ -17,6 +17,7 @@ from fusecli.engine import (
     Group,
     Vocabulary,
     compute_all,
+    computed_layers,
     needed,
     rules_in,
 )
@@ -29,9 +30,11 @@ from fusecli.errors import ExitCode, Problem, RefusedError, UsageError
 from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
+from fusecli.jobs.adapter import open_adapter
 from fusecli.jobs.choice import looked, settled
 from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold
 from fusecli.jobs.in_memory import (
+    adapted,
     apart,
     applied,
     as_checkpoint,
@@ -43,10 +46,11 @@ from fusecli.jobs.in_memory import (
 )
 from fusecli.jobs.plan import listing
 from fusecli.jobs.proof import float64_fold, reported
-from fusecli.jobs.source import Source, vocabulary_of
+from fusecli.jobs.rerun import edited_run
+from fusecli.jobs.source import Source, folder_of, vocabulary_of
 from fusecli.jobs.verdicts import STATUS, failures, recorded
 from fusecli.jobs.weight_ranges import weight_range
-from fusecli.outcome import Judgement, Outcome, Proposal, Verdict
+from fusecli.outcome import Judgement, LedgerEntry, Outcome, Proposal, Verdict
 from fusecli.rewrite import ModuleTree
 from fusecli.sample import Sample
 from fusecli.spec import Spec, read_spec, spec_from_mapping
@@ -56,6 +60,7 @@ from fusecli.spec.wildcards import bind_groups, bind_lists
 __all__ = ["fuse", "fuse_modules", "load_fused", "plan", "verify"]
 
 _log = logging.getLogger("fusecli")
+AdapterFile = str | Path | Mapping[str, Any]
 Groups = Sequence[str] | Sequence[Sequence[str]]
 
 
@@ -107,6 +112,7 @@ def fuse(
     target: Target | None = None,
     shared: Shared | None = None,
     bake: bool | None = None,
+    adapter: AdapterFile | None = None,
     allow_code: Iterable[str] = (),
 ) -> Outcome:
     """Fuses a copy of `model` and proves it on `inputs`; `outcome.model` is that copy, None if it is wrong.
@@ -117,11 +123,13 @@ def fuse(
     discover  also fuse what the dataflow offers, for `target` "inference" or "quant"; None: as the spec says
     shared    "clone": a module or weight with several names is given a copy for each one that can be folded
     bake      layers whose weight is computed (weight_norm, a pruning mask) are made plain, then folded
+    adapter   a LoRA adapter that is added first: its file, or {"file": ..., "scale": ...} as in a spec
 
     The outcome holds the same facts as the JSON report of `fusecli fuse`. A group that cannot be fused is in
     `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
     """
     read = _spec(spec, groups, discover=discover, target=target, shared=shared, bake=bake)
+    model, ledger = _with_adapter(model, read, adapter)
     source = Source(as_checkpoint(model), lambda: duplicate(model))
     source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
     sample = Sample.of(inputs)
@@ -145,7 +153,9 @@ def fuse(
         "refused",
         ExitCode.REFUSED,
         spec=facts.spec_facts(read),
-        totals_before=facts.totals(facts.layout_of(source.checkpoint), model),
+        totals_before=facts.with_ops(
+            facts.totals(facts.layout_of(source.checkpoint), model), facts.seen(run)
+        ),
         environment=facts.environment(),
         recording=recorded(run),
     )
@@ -181,6 +191,8 @@ def fuse(
     reports = reported(group_reports(fold, fused), checks)
     verdict = replace(verdict, groups=reports)
     status, code = STATUS[verdict.judgement]
+    custom = any(decision.custom for decision in fold.decisions)
+    after = None if custom else edited_run(run, fold.rewrites)
     return replace(
         before,
         status=status,
@@ -190,14 +202,16 @@ def fuse(
         unfused=choice.unfused(fold.decisions),
         verification=verdict,
         ledger=(
+            *ledger,
             *in_train_mode(model),
             *facts.statistics_ledger(source.checkpoint, fold.members),
             *facts.own_ledger(needed(source.owns, fold.decisions)),
             *facts.caveat_ledger(fold.decisions),
+            *facts.bare_ledger(choice.bare),
             *new_biases(tree, rewrites),
             *lost,
         ),
-        totals_after=facts.totals(facts.layout_of(as_checkpoint(fused)), fused),
+        totals_after=facts.with_ops(facts.totals(facts.layout_of(as_checkpoint(fused)), fused), after),
         model=fused if verdict.judgement is not Judgement.DIFFERENT else None,
     )
 
@@ -239,20 +253,32 @@ def plan(
     return Proposal(tuple(group.modules for group in groups), unfused, text, recorded(run))
 
 
-def verify(original: nn.Module, fused: nn.Module, inputs: Any, *, seed: int = 0) -> Verdict:
+def verify(
+    original: nn.Module,
+    fused: nn.Module,
+    inputs: Any,
+    *,
+    seed: int = 0,
+    adapter: AdapterFile | None = None,
+) -> Verdict:
     """Whether `fused` computes what `original` does, on `inputs` (as for `fuse`), both in eval mode.
 
     A model that fusecli fused or loaded carries the names of its groups: each is judged by itself, and its
     weights against the fold of the original's. Of any other model only the outputs can be compared.
+    With an `adapter` (as for `fuse`) it is the original with that beside its layers.
     Neither model is changed. Raises UsageError where `original` does not run on the inputs.
     """
     sample = Sample.of(inputs)
+    original, _ = _with_adapter(original, Spec(), adapter)
     names = ModuleTree(fused).rules_of_groups
     if not names:
         return judge_foreign(copied(original), copied(fused), sample, seed)
     original = apart(original, ModuleTree(fused).own_copies)
     source = Source(as_checkpoint(original), lambda: duplicate(original))
-    source.bakes = dict.fromkeys(ModuleTree(fused).made_plain, "bake")
+    plain = ModuleTree(fused).made_plain
+    source.bakes = dict.fromkeys(plain, "bake") | computed_layers(
+        ModuleTree(original), source.vocabulary, plain
+    )
     structure = apart(original, (), source.bakes)
     try:
         run = Run(structure, sample, lambda: duplicate(structure), fakes=False)
@@ -310,6 +336,19 @@ def _with_fuser_func(
         tree.replace(path, module)
     tree.note_groups({}, custom=True)
     return model
+
+
+def _with_adapter(
+    model: nn.Module, spec: Spec, given: AdapterFile | None
+) -> tuple[nn.Module, list[LedgerEntry]]:
+    """The model with the adapter that is given, or that the spec names, and what the report says of it."""
+    if given is not None:
+        part = given if isinstance(given, Mapping) else {"file": str(given)}
+        spec = spec_from_mapping({"adapter": part}, where="fusecli")
+    if spec.adapter is None:
+        return model, []
+    adapter = open_adapter(spec.adapter, folder_of(spec), spec.where(("adapter",)))
+    return adapted(model, adapter), [adapter.entry]
 
 
 def _vocabulary(additional: Mapping[Any, Any]) -> Vocabulary:

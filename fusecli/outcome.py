@@ -103,7 +103,8 @@ class GroupReport:
 class LedgerEntry:
     """Something that was lost or changed besides the fold itself.
 
-    kind: "hook" | "requires-grad" | "tie" | "train-mode" | "assumed" | "statistics" | "input"
+    kind: "hook" | "requires-grad" | "tie" | "train-mode" | "assumed" | "statistics" | "input" | "adapter"
+          | "bare-identity"
     """
 
     kind: str
@@ -149,12 +150,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts of one model or checkpoint: modules, parameters, bytes, norm layers."""
+    """Counts of one model or checkpoint: modules, parameters, bytes, norm layers, and the op calls that
+    compute something in one recorded forward."""
 
     modules: int | None
     parameters: int
     bytes: int
     norms: int
+    ops: int | None = None
 
 
 @dataclass(frozen=True)

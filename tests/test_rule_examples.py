@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fusecli import rules
+from fusecli import load_fused, rules
 from fusecli.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,11 +54,27 @@ def test_it_fuses_and_is_proven(example: str, tmp_path: Path) -> None:
     assert all(group["float64_error"] < 1e-9 for group in report["groups"])
     assert (tmp_path / "fused.safetensors").exists()
     if example.startswith("rules/"):
-        # A block of RepVGG takes three rules; all other examples show theirs alone.
+        # A block of RepVGG takes three rules, a baked layer is folded; all other examples show theirs alone.
         used = {rule for group in report["groups"] for rule in group["rule"].split("+")}
-        others = {"conv_bn", "parallel_layers"} if example == "rules/parallel_norm" else set()
+        together = {"rules/parallel_norm": {"conv_bn", "parallel_layers"}, "rules/bake": {"conv_bn"}}
+        others = together.get(example, set())
         assert used == {example.removeprefix("rules/"), *others}
         assert {group["evidence"] for group in report["groups"]} == {"observed"}
+
+
+# An adapter makes another function of the class than the checkpoint alone is.
+@pytest.mark.parametrize("rule", [rule for rule in rules.names() if rule != "lora"])
+def test_the_file_loads_into_the_class_again(rule: str, tmp_path: Path) -> None:
+    """Strictly, and what is loaded is the same function, on inputs of its own."""
+    fuse(f"rules/{rule}", tmp_path)
+    spec = yaml.safe_load((CONFIGS / "rules" / f"{rule}.yaml").read_text())
+    build = runpy.run_path(str(CONFIGS / "rules" / "nets.py"))[rule]
+    original, fresh = build().eval(), build().eval()
+    original.load_state_dict(load_file(CONFIGS / "rules" / f"{rule}.safetensors"))
+    loaded = load_fused(fresh, tmp_path / "fused.safetensors")
+    x = torch.randn(spec["inputs"][0]["shape"], generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        assert torch.allclose(loaded(x), original(x), rtol=1e-3, atol=1e-4)
 
 
 def test_the_mapping_is_fused_by_its_own_code(tmp_path: Path) -> None:
@@ -84,7 +102,9 @@ def test_a_wrong_fold_of_it_could_be_seen(example: str) -> None:
 
 def test_the_script_writes_the_committed_bytes_again(tmp_path: Path) -> None:
     paths = sorted(
-        path for folder in ("rules", "mappings", "bare") for path in (CONFIGS / folder).glob("*.safetensors")
+        path
+        for folder in ("rules", "rules/adapters", "mappings", "bare")
+        for path in (CONFIGS / folder).glob("*.safetensors")
     )
     before = {path: path.read_bytes() for path in paths if not path.name.endswith(".fused.safetensors")}
     script = [sys.executable, str(ROOT / "scripts" / "make_rule_examples"), str(tmp_path)]

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 
 def chain(**modules: nn.Module) -> nn.Sequential:
@@ -235,3 +236,20 @@ def pointwise_chain() -> nn.Module:
         drop=nn.Dropout(),
         up=nn.Linear(6, 3),
     )
+
+
+def bake() -> nn.Module:
+    """Three layers whose weight is no tensor of its own; the last has nothing to be folded with."""
+    return chain(
+        conv=parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+        bn=nn.BatchNorm2d(4),
+        act=nn.ReLU(),
+        sparse=prune.identity(nn.Conv2d(4, 4, 3), "weight"),
+        act2=nn.ReLU(),
+        bounded=parametrizations.spectral_norm(nn.Conv2d(4, 2, 1)),
+    )
+
+
+def lora() -> nn.Module:
+    """The base model: its adapter is a file of its own, adapters/lora.safetensors."""
+    return chain(q=nn.Linear(6, 8), act=nn.GELU(), v=nn.Linear(8, 4, bias=False))

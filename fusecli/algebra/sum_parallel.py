@@ -32,8 +32,10 @@ def sum_parallel(a: LinearOp, b: LinearOp, dtype: torch.dtype = torch.float64) -
     """
     _require_comparable(a, b)
     at = _common(a, b)
-    weight = round_once(_grown(a, at) + _grown(b, at), dtype)
-    biases = [op.bias.double() for op in (a, b) if op.bias is not None]
+    # Of two values of which one has no numbers, the sum has none.
+    device = "meta" if a.weight.is_meta or b.weight.is_meta else a.weight.device
+    weight = round_once(_grown(a, at).to(device) + _grown(b, at).to(device), dtype)
+    biases = [op.bias.double().to(device) for op in (a, b) if op.bias is not None]
     bias = round_once(torch.stack(biases).sum(0), dtype) if biases else None
     return LinearOp(weight, bias, at)
 

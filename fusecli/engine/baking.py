@@ -6,7 +6,7 @@ that are stored, in float64, and is rounded once at the very end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -31,12 +31,16 @@ _KINDS = {"bake": "computed", "lora": "adapted"}
 Bakes = Mapping[str, str]  # the paths of layers that become plain, and the rule that does it
 
 
-def computed_layers(tree: ModuleTree, vocabulary: Vocabulary) -> dict[str, str]:
-    """Every layer and norm whose weight or bias is computed, with the rule that makes it plain."""
+def computed_layers(
+    tree: ModuleTree, vocabulary: Vocabulary, among: Collection[str] | None = None
+) -> dict[str, str]:
+    """Each layer and norm (`among` these) with a computed weight or bias, and the rule to make it plain."""
     return {
         path: "lora" if isinstance(module, Adapted) else "bake"
         for path, module in tree.modules.items()
-        if vocabulary.kind(module) in FOLDABLE and computed_tensor(module)[0]
+        if vocabulary.kind(module) in FOLDABLE
+        and computed_tensor(module)[0]
+        and (among is None or path in among)
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from fusecli.engine.decisions import Member
 from fusecli.engine.maps import Map
 from fusecli.engine.routes import Routes
@@ -24,6 +26,11 @@ class Branch:
     leaf: int
     map: Map | None = None
 
+    @property
+    def same(self) -> bool:
+        """Whether it is the tensor itself, by way of an nn.Identity."""
+        return type(self.member.module) is nn.Identity
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -42,7 +49,7 @@ class Sum:
 
 
 def sums(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterator[Sum]:
-    """Every sum of the run with several branches from one tensor, in the order of the run."""
+    """Every sum of the run with several branches from one tensor, or one and the tensor itself, in order."""
     recording = routes.recording
     for root in recording.calls:
         if not _adds(recording, root) or not recording.alive[root.number]:
@@ -58,8 +65,9 @@ def sums(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterat
             if found is not None:
                 by_entry.setdefault(found.entry, []).append(found)
         for entry, branches in by_entry.items():
-            if len({branch.member.path for branch in branches}) > 1:
-                yield Sum(tuple(branches), tree.leaves.count(entry), tuple(tree.written))
+            bare = tree.leaves.count(entry)
+            if len({branch.member.path for branch in branches}) > 1 or bare:
+                yield Sum(tuple(branches), bare, tuple(tree.written))
 
 
 @dataclass
@@ -114,6 +122,11 @@ def _branch(routes: Routes, sites_of: Callable[[Member], Sequence[Site]], leaf: 
         if site.entry is None:
             return None
         value = site.entry
+    if value == leaf and (identity := _identity(routes, value)) is not None:
+        entry = recording.values[value].made_by
+        assert entry is not None
+        alone = len(recording.readers(leaf)) == 1 and routes.may(identity.path)
+        return Branch(identity, recording.calls[entry].reads[0], leaf) if alone else None
     member = _layer(routes, value)
     if member is None or not routes.may(member.path) or len(recording.readers(leaf)) != 1:
         return None
@@ -137,3 +150,14 @@ def _layer(routes: Routes, value: int) -> Member | None:
         if member is not None and member.kind in LAYER_KINDS and visit.gives == (value,):
             return member
     return None
+
+
+def _identity(routes: Routes, value: int) -> Member | None:
+    """The nn.Identity that gives `value`; called once."""
+    recording = routes.recording
+    call = recording.maker(value)
+    path = "" if call is None else recording.inside(call)
+    member = routes.audit.member(path) if path else None
+    if member is None or type(member.module) is not nn.Identity or len(recording.visits_of(path)) != 1:
+        return None
+    return member

@@ -30,10 +30,14 @@ Target = Literal["inference", "quant"]
 
 @dataclass(frozen=True)
 class Offer:
-    """What the dataflow offers: a plan of sound groups, and every norm that is left, with the reason."""
+    """What the dataflow offers: a plan of sound groups, and every norm that is left, with the reason.
+
+    bare  layers to whose output an operator adds their own input: as a module it could become part of them
+    """
 
     plan: Plan = field(default_factory=Plan)
     left: tuple[Unfused, ...] = ()
+    bare: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -66,7 +70,7 @@ def discover(
         left[no.group[-1]] = _unfused(search.audit.member(no.group[-1]), no)
     fused = {path for decision in offered.decisions for path in decision.members}
     named = [unfused for path, unfused in left.items() if path not in fused]
-    return Offer(replace(offered, refused=()), (*named, *search.functional()))
+    return Offer(replace(offered, refused=()), (*named, *search.functional()), tuple(search.bare))
 
 
 def _offered(
@@ -86,6 +90,7 @@ class _Search:
     audit: Audit
     taken: set[str]
     excluded: Callable[[str], bool]
+    bare: list[str] = field(default_factory=list)
 
     def pairs(self) -> tuple[list[Group], dict[str, Unfused]]:
         """For every norm the layers that feed it, as groups; or why there are none."""
@@ -195,6 +200,7 @@ class _Search:
             restructure=self.audit.vocabulary.restructure,
         )
         parts = [{path for step in wave for path in step.paths} for wave in search.waves(folded)]
+        self.bare = search.bare
         for path, no in search.refused.items():
             if path in left and no.code in TELLING:
                 member = self.audit.member(path)

@@ -115,9 +115,13 @@ class _Planner:
             below = search.below if members[0].kind not in LAYER_KINDS else {}
             known = {**search.refused, **below}
             said = [known[path] for path in left if path in known]
-            kinds = {member.kind for member in members}
-            joined = no.code == "no-rule" and kinds & LAYER_KINDS
-            telling = [one for one in said if joined or one.code in _BACKWARD]
+            layers = any(member.kind in LAYER_KINDS for member in members)
+            blunt = () if layers else ("no-linear-producer", "no-linear-consumer")
+            telling = [
+                one
+                for one in said
+                if one.code in _BACKWARD or (no.code == "no-rule" and one.code not in blunt)
+            ]
             raise telling[0] if telling else no
         return wide(audit.recording, group, waves, self.known(audit).shown)
 

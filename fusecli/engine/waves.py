@@ -11,8 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import nn
 
+from fusecli.algebra import ChannelAffine
 from fusecli.engine.audit import SIZE_ONE
 from fusecli.engine.branches import Branch, Sum, sums
 from fusecli.engine.decisions import Decision, Group, Member
@@ -56,7 +58,10 @@ class Search:
         """Every wave there is, in the order they have to be done; `gone` are maps that are folded already."""
         self.refused |= {path: no for path, no in self.known.refused.items() if self.may(path)}
         routes = Routes(self.known.audit, self.known.maps, self.may, self.known.layer_sites, set(gone))
-        waves = [*self._moved(routes, up=True), *self._moved(routes, up=False)]
+        waves: list[Wave] = []
+        # What has left its place may have stood between two others.
+        while found := [*self._moved(routes, up=True), *self._moved(routes, up=False)]:
+            waves += found
         biased = {path for wave in waves for step in wave for path in step.paths}
         changed = {step.paths[1] for wave in waves for step in wave if step.rule.restructures}
         sums = list(self._summed(routes, changed))
@@ -157,8 +162,16 @@ class Search:
                     routes.gone.add(branch.member.path)
                 self.refused.pop(branch.member.path, None)
                 yield (step,)
-            if found.bare and best:
-                self.bare.append(best[0][1].paths[0])
+            if found.bare and (layer := self._would_take(found)) is not None:
+                self.bare.append(layer)
+
+    def _would_take(self, found: Sum) -> str | None:
+        """The layer that could take over the tensor itself, if a module gave it."""
+        for base in (branch for branch in found.branches if branch.member.kind in LAYER_KINDS):
+            op = linear_op(base.member.module, transposed=base.member.kind == "conv_transpose")
+            if set(op.geometry.stride) <= {1} and op.in_channels == op.out_channels and base.map is None:
+                return base.member.path
+        return None
 
     def _sum(self, found: Sum, base: Branch) -> list[tuple[Branch, Step]]:
         """The other branches that `base` can take over."""
@@ -171,7 +184,7 @@ class Search:
                 continue
             try:
                 rule = rule_for("sum_parallel", (base.member.kind, branch.member.kind), self.rules)
-                route = None if branch.map is None else self._beside(base, branch.map)
+                route = self._beside(base, branch)
                 operands = (
                     Operand(base.member.path, base.member.kind),
                     Operand(branch.member.path, branch.member.kind, route),
@@ -186,15 +199,20 @@ class Search:
             steps.append((branch, step))
         return steps
 
-    def _beside(self, base: Branch, found: Map) -> Route:
-        """A map that reads what the layer reads: its channels are the layer's inputs, one to one."""
+    def _beside(self, base: Branch, branch: Branch) -> Route | None:
+        """What reads the tensor that the layer reads: its channels are the layer's inputs, one to one."""
         op = linear_op(base.member.module, transposed=base.member.kind == "conv_transpose")
+        channels = tuple(range(op.in_channels))
+        found = branch.map
+        if found is None:
+            same = partial(_same, op.in_channels)
+            return Route(channels, True, same, lambda _: {}) if branch.same else None
         size = self.known.audit.recording.values[base.entry].shape
         axis = len(size) - 1 - op.rank
         require(
             found.axis % len(size) == axis, "bn-axis", f"the channels of {found.path} are not the layer's"
         )
-        return Route(tuple(range(op.in_channels)), True, found.affine, found.neutral, found.calls)
+        return Route(channels, True, found.affine, found.neutral, found.calls)
 
     def _multiplied(self, routes: Routes, biased: Collection[str], summed: Collection[str]) -> Iterator[Wave]:
         """Layers in a row; one that is part of a sum stays, and so does one that is part of another row."""
@@ -222,6 +240,12 @@ class Search:
         step = Step(rule, (Operand(first.path, first.kind), Operand(second.path, second.kind)))
         step.rewrite({m.path: on_meta(m.module) for m in (first, second)})
         return step
+
+
+def _same(channels: int, _: nn.Module) -> ChannelAffine:
+    """The map that an nn.Identity is."""
+    one = torch.ones(channels, dtype=torch.float64)
+    return ChannelAffine(one, torch.zeros_like(one), shifts=False)
 
 
 def on_meta(module: nn.Module) -> nn.Module:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fusecli.graph.ops import MOVES
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -169,6 +171,17 @@ class Recording:
                 for value in call.reads:
                     needed[value] = True
         return tuple(alive)
+
+    @cached_property
+    def steps(self) -> int:
+        """How many op calls compute something from what flows, and something depends on them."""
+        return sum(
+            self.alive[call.number]
+            and callable(call.op)
+            and call.name not in MOVES
+            and not all(self.values[value].constant for value in call.makes)
+            for call in self.calls
+        )
 
     @cached_property
     def _readers(self) -> list[list[Call]]:

@@ -297,14 +297,19 @@ class Recorder(TorchDispatchMode):
             plain = alone and len(args) + len(kwargs) == 1
             self._visits.append(Visit(number, path, parent, plain, takes, (), range(begin, begin)))
 
-        def leave(_: nn.Module, __: Any, output: Any) -> None:
+        def leave(_: nn.Module, __: Any, output: Any) -> Any:
             if not self._stack or self._visits[self._stack[-1]].path != path:
-                return  # a pre-hook of the user has raised before this call began
+                return None  # a pre-hook of the user has raised before this call began
+            # The same tensor, but a value of its own: a branch that is an identity can be told from its
+            # input.
+            if type(module) is nn.Identity and isinstance(output, Tensor) and not output.is_nested:
+                output = output.view(output.shape)
             number = self._stack.pop()
             visit = self._visits[number]
             gives = tuple(self._memory_of(tensor)[1] for tensor in tensors_in(output))
             calls = range(visit.calls.start, len(self._calls))
             self._visits[number] = replace(visit, gives=gives, calls=calls)
+            return output
 
         yield module.register_forward_pre_hook(enter, with_kwargs=True)
         yield module.register_forward_hook(leave, prepend=True, always_call=True)

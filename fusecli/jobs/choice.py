@@ -64,6 +64,11 @@ class Choice:
         return groups + [Group(modules) for modules in single if modules not in self.dropped]
 
     @property
+    def bare(self) -> tuple[str, ...]:
+        """Layers to whose output an operator adds their own input."""
+        return self.offer.bare if self.offer is not None and self.taking else ()
+
+    @property
     def norms(self) -> list[str]:
         """Every norm module of the model, by its first name."""
         return [path for path, _ in norms(self.modules)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from math import prod
 
@@ -12,7 +13,10 @@ from torch import nn
 
 from fusecli.checkpoint import Checkpoint, sha256_file
 from fusecli.engine import Decision
+from fusecli.errors import UsageError
+from fusecli.graph.dataflow import Recording
 from fusecli.graph.kinds import norms
+from fusecli.graph.record import Run
 from fusecli.jobs.fold import Layout
 from fusecli.outcome import FileFacts, LedgerEntry, Totals, Unfused
 from fusecli.spec import Spec
@@ -67,6 +71,28 @@ def totals(layout: Layout, model: nn.Module | None) -> Totals:
         len(list(norms(named))) if model is not None else sum(n.endswith("running_var") for n in layout)
     )
     return Totals(len(acting) if model is not None else None, parameters, size, norm_layers)
+
+
+def with_ops(totals: Totals | None, recording: Recording | None) -> Totals | None:
+    """The counts with those of a recorded run, where there is one."""
+    return totals and replace(totals, ops=recording.steps if recording is not None else None)
+
+
+def seen(run: Run | None) -> Recording | None:
+    """What a run has shown; None where there is none, or the model does not run."""
+    try:
+        return run.recording if run is not None else None
+    except UsageError:
+        return None
+
+
+def bare_ledger(layers: Iterable[str]) -> list[LedgerEntry]:
+    """What no edit of modules can reach: code `bare-identity`."""
+    what = (
+        "its own input is added to its output by an operator; if an nn.Identity gave it, it would become "
+        "part of the layer, one addition less"
+    )
+    return [LedgerEntry("bare-identity", path, what) for path in layers]
 
 
 def norms_beyond(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> tuple[Unfused, ...]:

@@ -182,6 +182,7 @@ def manifest_for(fold: Fold, input_sha256: str, **facts: Any) -> Manifest:
         ties=checkpoint.ties,
         key=checkpoint.nesting or "",
         strip_prefix=checkpoint.prefixes,
+        adapter_sha256=fold.source.adapter.sha256 if fold.source.adapter else "",
         **facts,
     )
 

@@ -15,8 +15,10 @@ from fusecli.consent import Consent
 from fusecli.engine import Group, needed
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode, Problem, UsageError
+from fusecli.graph.dataflow import Recording
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
+from fusecli.jobs.adapter import protected as adapter_files
 from fusecli.jobs.choice import Choice, chosen, looked, shortfall
 from fusecli.jobs.fold import (
     Fold,
@@ -29,7 +31,17 @@ from fusecli.jobs.fold import (
 )
 from fusecli.jobs.inputs import entries_of, samples_of
 from fusecli.jobs.proof import Tick, reported
-from fusecli.jobs.source import Source, folder_of, groups_of, module_names, planted, source_of
+from fusecli.jobs.rerun import edited_run
+from fusecli.jobs.source import (
+    Source,
+    adapted_groups,
+    dressed,
+    folder_of,
+    groups_of,
+    module_names,
+    planted,
+    source_of,
+)
 from fusecli.jobs.verdicts import STATUS, failures, judged, recorded, strictly
 from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused, Verdict
 from fusecli.rewrite import MANIFEST_KEY, ModuleTree
@@ -107,8 +119,9 @@ def protected(spec: Spec) -> list[Path]:
     read = [entry.file for entry in entries_of(spec.inputs) if entry.file]
     named = [spec.model.factory] if spec.model else []
     named += [extra.fuser for extra in spec.extra_mappings if extra.fuser]
+    adapter = adapter_files(spec.adapter, folder_of(spec)) if spec.adapter else []
     read += [source for source in (name.rpartition(":")[0] for name in named) if source.endswith(".py")]
-    return [*filter(None, [spec.source]), *(folder_of(spec) / file for file in read)]
+    return [*filter(None, [spec.source]), *(folder_of(spec) / file for file in read), *adapter]
 
 
 def _fused_already(outcome: Outcome, checkpoint: Checkpoint) -> Outcome:
@@ -145,6 +158,7 @@ class _Job:
     fmt: str
     target: Path
     assumed: list[LedgerEntry] = field(default_factory=list)
+    run_seen: Run | None = None
 
     def run(self, outcome: Outcome) -> Outcome:
         self.tick("planning")
@@ -168,7 +182,12 @@ class _Job:
                 asked,
             )
         while True:
-            outcome = replace(outcome, recording=recorded(run))
+            self.run_seen = run
+            outcome = replace(
+                outcome,
+                recording=recorded(run),
+                totals_before=facts.with_ops(outcome.totals_before, facts.seen(run)),
+            )
             try:
                 fold = plan_fold(self.source, skeleton, choice.groups, run)
                 if not fold.decisions:
@@ -197,8 +216,10 @@ class _Job:
             names = [name for name, _ in skeleton.named_modules(remove_duplicate=False) if name]
             return skeleton, groups_of(self.spec, names)
         groups = groups_of(self.spec, module_names(self.source.checkpoint), optional_from=2)
+        groups += adapted_groups(self.source, groups)
         skeleton, assumed = planted(self.source.checkpoint, groups, dict(self.spec.assume))
         self.assumed = assumed
+        dressed(self.source, skeleton)
         return skeleton, groups
 
     def _sample(self) -> Sample:
@@ -228,6 +249,12 @@ class _Job:
         apply_to_skeleton(fold)
         return fold.skeleton
 
+    def _after(self, fold: Fold) -> Recording | None:
+        """What the model will compute, as far as it can be run before it is written."""
+        if self.run_seen is None or any(decision.custom for decision in fold.decisions):
+            return None
+        return edited_run(self.run_seen, fold.rewrites)
+
     def _model(self, skeleton: Any) -> Any:
         return skeleton if self.source.build is not None else None
 
@@ -242,6 +269,8 @@ class _Job:
             ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
             ledger += facts.own_ledger(needed(self.source.owns, fold.decisions))
             ledger += facts.caveat_ledger(fold.decisions)
+            ledger += facts.bare_ledger(choice.bare)
+            after = self._after(fold)
             ledger += apply_to_skeleton(fold)
             spared = tuple(no for decision in fold.decisions for no in decision.spared)
             outcome = replace(
@@ -249,7 +278,7 @@ class _Job:
                 groups=tuple(group_reports(fold, fold.skeleton)),
                 refused=(*choice.dropped.values(), *spared),
                 unfused=choice.unfused(fold.decisions) + self._beyond(choice),
-                totals_after=facts.totals(fold.layout, self._model(fold.skeleton)),
+                totals_after=facts.with_ops(facts.totals(fold.layout, self._model(fold.skeleton)), after),
                 ledger=tuple(ledger),
             )
             with open_checkpoint(stage.path) as artifact:

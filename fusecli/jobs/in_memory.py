@@ -13,6 +13,8 @@ from fusecli.engine import Decision, bake_tree, compute_all, replaced, separate
 from fusecli.engine.baking import Bakes
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import duplicate
+from fusecli.graph.memory import same_memory
+from fusecli.jobs.adapter import Adapter, dress
 from fusecli.jobs.fold import Fold, Refused
 from fusecli.outcome import LedgerEntry
 from fusecli.rewrite import Bias, ModuleTree, Rewrite, apply_rewrite
@@ -45,6 +47,18 @@ def apart(model: nn.Module, roots: Sequence[str], bakes: Bakes | None = None) ->
     twin.eval()  # by itself: a class may have a train() that returns nothing
     separate(ModuleTree(twin), roots)
     bake_tree(ModuleTree(twin), bakes or {})
+    return twin
+
+
+def adapted(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """A copy that computes what the model does with the adapter beside its layers; raises as `dress` does."""
+    twin = duplicate(model)
+    dress(twin, adapter, tied={name for names in same_memory(twin) for name in names})
+    for name, stored in adapter.tensors.items():
+        path, _, local = name.rpartition(".")
+        layer = twin.get_submodule(path)
+        place = layer.get_parameter("weight").device
+        layer._parameters[local] = nn.Parameter(stored.load().clone().to(place), requires_grad=False)
     return twin
 
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from fusecli.checkpoint import open_checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group
 from fusecli.errors import ExitCode, Problem, UsageError
-from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import looked, settled
@@ -24,12 +22,13 @@ from fusecli.jobs.entries import entries
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, try_fold
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.picture import check_around, picture_of
+from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.source import folder_of, source_of
 from fusecli.jobs.verdicts import recorded
 from fusecli.outcome import Outcome, Refusal, Unfused
 from fusecli.picture import Picture
 from fusecli.plain import visible
-from fusecli.rewrite import ModuleTree, Rewrite, apply_edits
+from fusecli.rewrite import ModuleTree
 from fusecli.spec import Spec
 from fusecli.spec.wildcards import bind_groups
 
@@ -108,25 +107,13 @@ def plan_file(
 def _try(fold: Fold, run: Run) -> None:
     """Folds and forgets, and runs the edited model; raises Refused with the groups that allow neither."""
     try_fold(fold)
-    if any(decision.custom for decision in fold.decisions) or _runs(run, fold.rewrites):
+    if any(decision.custom for decision in fold.decisions) or edited_run(run, fold.rewrites):
         return
     found = zip(fold.decisions, fold.rewrites, strict=True)
-    broken = [decision for decision, rewrite in found if not _runs(run, [rewrite])]
+    broken = [decision for decision, rewrite in found if edited_run(run, [rewrite]) is None]
     reason = "forward does not run with it fused: it asks the modules for something that is then gone"
     if broken:
         raise Refused([Refusal(d.group.modules, "dropped", reason, d.rule) for d in broken])
-
-
-def _runs(run: Run, rewrites: Sequence[Rewrite]) -> bool:
-    def edited(model: nn.Module) -> nn.Module:
-        twin = duplicate(model)
-        apply_edits(ModuleTree(twin), [edit for rewrite in rewrites for edit in rewrite.edits])
-        return twin
-
-    try:
-        return Run(edited(run.structure), run.sample, lambda: edited(run.numbers())).recording is not None
-    except UsageError:
-        return False
 
 
 def _written(
@@ -163,6 +150,7 @@ def _base(request: PlanRequest, spec: Spec) -> Iterator[str]:
             "model",
             "inputs",
             "bake",
+            "adapter",
             "rules",
             "no_rules",
             "allow_restructure",
@@ -195,6 +183,8 @@ def _paths(taken: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     for extra in taken.get("extra_mappings", ()):
         yield from ((extra, key) for key in ("fuser", "treat", "as") if extra.get(key))
         yield from ((extra["sequence"], number) for number in range(len(extra.get("sequence") or ())))
+    if "adapter" in taken:
+        yield taken["adapter"], "file"
     waiting = list(taken.get("inputs", ()))
     for entry in waiting:
         if isinstance(entry, list):

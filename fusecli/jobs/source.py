@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from fusecli import rules
 from fusecli.artifact import load_strictly, loaded, tie, ties_of
-from fusecli.checkpoint import Checkpoint
+from fusecli.checkpoint import Checkpoint, StoredTensor
 from fusecli.consent import Consent, load_class, load_object
 from fusecli.engine import CustomFuser, Group, Vocabulary, bake_tree, separate
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import duplicate, with_tensors
 from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
+from fusecli.jobs.adapter import Adapter, dress, open_adapter, require_known
 from fusecli.outcome import LedgerEntry
 from fusecli.rewrite import ModuleTree, plant
 from fusecli.spec import Spec
@@ -36,6 +37,7 @@ class Source:
 
     owns   modules that share their tensors in that class, and are given a copy of their own
     bakes  layers whose weight is computed, and that are made plain, with the rule that does it
+    adapter  what is added to the model of that class, before anything is made of it
     """
 
     checkpoint: Checkpoint
@@ -44,6 +46,7 @@ class Source:
     ledger: list[LedgerEntry] = field(default_factory=list)
     owns: list[str] = field(default_factory=list)
     bakes: dict[str, str] = field(default_factory=dict)
+    adapter: Adapter | None = None
     _computed: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def skeleton(self) -> nn.Module:
@@ -58,24 +61,35 @@ class Source:
         except UsageError:
             model = self.build()  # a factory that computes with its weights cannot be built without numbers
         self._restore_names(model)
-        self._separate(model)
+        self._prepare(model)
         ties = ties_of(model)  # moving a module makes a parameter of each of its names
         tie(model.to("meta"), ties)
         stored = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            for name, tensor in self.checkpoint.tensors.items()
+            for name, tensor in self.tensors.items()
         }
         load_strictly(model, {**stored, **self.checkpoint.others}, str(self.checkpoint.path))
         model.eval()  # by itself: a class may have a train() that returns nothing
-        tree = ModuleTree(model)
-        # As they are in the checkpoint: a fold starts from what is stored.
-        self._computed = {path: with_tensors(tree[path], lambda _, old: old) for path in self.bakes}
-        bake_tree(tree, self.bakes)
+        self.bake(model)
         return model
 
-    def _separate(self, model: nn.Module) -> None:
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Those of the checkpoint and of the adapter, by their names in the model that has both."""
+        return {**self.checkpoint.tensors, **(self.adapter.tensors if self.adapter else {})}
+
+    def bake(self, model: nn.Module) -> None:
+        """Makes the layers of `bakes` plain, and keeps them as they are: a fold starts from what is
+        stored."""
+        tree = ModuleTree(model)
+        self._computed = {path: with_tensors(tree[path], lambda _, old: old) for path in self.bakes}
+        bake_tree(tree, self.bakes)
+
+    def _prepare(self, model: nn.Module) -> None:
         if self.owns:
             separate(ModuleTree(model), self.owns)
+        if self.adapter is not None:
+            dress(model, self.adapter)
 
     def _restore_names(self, model: nn.Module) -> None:
         """A prefix that looked like a wrapper's is the model's own where the model has it."""
@@ -90,8 +104,10 @@ class Source:
         """A fresh model with the checkpoint's tensors, in eval mode."""
         assert self.build is not None
         model = self.build()
-        self._separate(model)
-        load_strictly(model, loaded(self.checkpoint), str(self.checkpoint.path))
+        self._prepare(model)
+        load_strictly(
+            model, loaded(replace(self.checkpoint, tensors=self.tensors)), str(self.checkpoint.path)
+        )
         model.eval()
         return model
 
@@ -111,8 +127,10 @@ class Source:
         """The module at `path` with its tensors from the checkpoint, a computed weight still to be computed;
         `skeleton` is the meta model's."""
 
+        stored_tensors = self.tensors
+
         def fetch(name: str, old: Tensor) -> Tensor:
-            stored = self.checkpoint.tensors.get(f"{path}.{name}")
+            stored = stored_tensors.get(f"{path}.{name}")
             if stored is not None:
                 return stored.load()
             if not old.is_meta or self.build is None:
@@ -132,7 +150,16 @@ def _deep(module: nn.Module, name: str) -> Tensor:
 
 
 def source_of(checkpoint: Checkpoint, spec: Spec, consent: Consent) -> Source:
-    """The checkpoint with the code that the spec names; raises UnsafeError where nobody allowed that code."""
+    """The checkpoint with the adapter and the code that the spec names; raises UnsafeError where nobody
+    allowed that code."""
+    source = _source_of(checkpoint, spec, consent)
+    if spec.adapter is not None:
+        source.adapter = open_adapter(spec.adapter, folder_of(spec), spec.where(("adapter",)))
+        source.ledger.append(source.adapter.entry)
+    return source
+
+
+def _source_of(checkpoint: Checkpoint, spec: Spec, consent: Consent) -> Source:
     build = _factory(spec, consent)
     if build is None and checkpoint.module is not None:
         module = checkpoint.module
@@ -255,6 +282,25 @@ def _by_module(checkpoint: Checkpoint) -> dict[str, dict[str, tuple[tuple[int, .
         path, _, attribute = name.rpartition(".")
         local.setdefault(path, {})[attribute] = (tensor.shape, tensor.dtype)
     return local
+
+
+def adapted_groups(source: Source, groups: Sequence[Group]) -> list[Group]:
+    """The layers of the adapter that no group has, where nobody has the model's code; raises UsageError for
+    those that the file has not."""
+    if source.adapter is None:
+        return []
+    require_known(source.adapter, module_names(source.checkpoint))
+    held = {path for group in groups for path in group.modules}
+    return [Group((path,)) for path in source.adapter.pairs if path not in held]
+
+
+def dressed(source: Source, model: nn.Module) -> None:
+    """Puts the adapter's layers into a model of stand-ins, and makes them plain again: what is planned on."""
+    if source.adapter is not None:
+        tied = {name for names in source.checkpoint.ties for name in names}
+        dress(model, source.adapter, tied=tied)
+        source.bakes = dict.fromkeys(source.adapter.pairs, "lora")
+        source.bake(model)
 
 
 def module_names(checkpoint: Checkpoint) -> list[str]:

@@ -23,7 +23,7 @@ from fusecli.jobs.choice import chosen
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.proof import reported
-from fusecli.jobs.source import Source, planted, source_of
+from fusecli.jobs.source import Source, dressed, planted, source_of
 from fusecli.jobs.verdicts import judged, recorded, strictly
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
 from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, ModuleTree, Opaque, Own, Plain, Remainder
@@ -101,20 +101,43 @@ def _structure(
     groups = [Group(g.planned, hints=g.hints, rules=rules_in(g.rule)) for g in manifest.groups]
     owns = list(dict.fromkeys(edit.path for edit in manifest.edits if isinstance(edit, Own)))
     bakes = {edit.path: "bake" for edit in manifest.edits if isinstance(edit, Plain)}
+    source = Source(checkpoint, None)
+    _require_adapter(spec, manifest, fused)
     if spec is not None or checkpoint.module is not None:
         source = source_of(checkpoint, spec or Spec(), consent)
-        source.owns, source.bakes = owns, bakes
+        source.owns, source.bakes = owns, {**bakes, **_adapted(source)}
         # What was done is judged, not whether this spec would do it.
         source.vocabulary = replace(source.vocabulary, rules=None)
         if source.build is not None:
             return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
+    blind += bakes.keys() - _adapted(source).keys()
     if blind:
         what = f"{', '.join(blind[:3])} cannot be judged without the model's code"
         raise UsageError(Problem(what, str(fused), "give --spec, whose model.factory builds the model"))
     relus = {edit.members[-1]: nn.ReLU() for edit in manifest.edits if isinstance(edit, Container)}
     skeleton, _ = planted(checkpoint, groups, {}, relus)
-    return Source(checkpoint, None, owns=owns), skeleton, groups
+    plain = Source(checkpoint, None, owns=owns, ledger=source.ledger, adapter=source.adapter)
+    dressed(plain, skeleton)
+    return plain, skeleton, groups
+
+
+def _adapted(source: Source) -> dict[str, str]:
+    return dict.fromkeys(source.adapter.pairs if source.adapter else (), "lora")
+
+
+def _require_adapter(spec: Spec | None, manifest: Manifest, fused: Path) -> None:
+    """Without its adapter a checkpoint is another model than the one that the artifact was made from."""
+    named = spec is not None and spec.adapter is not None
+    if manifest.adapter_sha256 and not named:
+        what = (
+            f"an adapter is part of its weights (sha256 {manifest.adapter_sha256[:12]}...), and none is given"
+        )
+        raise UsageError(Problem(what, str(fused), "give --spec, with the adapter that it was fused with"))
+    if named and not manifest.adapter_sha256:
+        assert spec is not None
+        fix = "verify it with a spec without one, or fuse again"
+        raise UsageError(Problem("no adapter is part of this artifact", spec.where(("adapter",)), fix))
 
 
 def _verify(
@@ -152,7 +175,7 @@ def _verify(
         *source.ledger,
         *facts.own_ledger(source.owns),
         *apply_to_skeleton(fold),
-        *_mismatches(source.checkpoint, manifest),
+        *_mismatches(source, manifest),
     ]
     reports = reported(group_reports(fold, fold.skeleton), checks)
     outcome = replace(
@@ -184,13 +207,13 @@ def _edits(fold: Fold) -> tuple[object, ...]:
     return tuple(edit for rewrite in fold.rewrites for edit in rewrite.edits)
 
 
-def _mismatches(checkpoint: Checkpoint, manifest: Manifest) -> list[LedgerEntry]:
+def _mismatches(source: Source, manifest: Manifest) -> list[LedgerEntry]:
     """An artifact made from other bytes is judged all the same; that it was made from others is said."""
-    if manifest.input_sha256 == checkpoint.sha256():
-        return []
-    return [
-        LedgerEntry("input", str(checkpoint.path), "is not the file that the artifact was made from (sha256)")
-    ]
+    found = [(source.checkpoint.path, source.checkpoint.sha256(), manifest.input_sha256)]
+    if source.adapter is not None:
+        found.append((source.adapter.path, source.adapter.sha256, manifest.adapter_sha256))
+    what = "is not the file that the artifact was made from (sha256)"
+    return [LedgerEntry("input", str(path), what) for path, own, noted in found if own != noted]
 
 
 def _next(request: VerifyRequest, model: nn.Module | None, code: ExitCode) -> str:

@@ -40,13 +40,15 @@ class Adapted(nn.Module):
         """The layer alone, its weight W + scale B A in the arithmetic of its own dtype."""
         weight = self._parameters["weight"]
         assert weight is not None
+        scale = self.lora_scale
         up, down = self.lora_B.flatten(1), self.lora_A.flatten(1)
-        merged = weight + (self.lora_scale * (up @ down)).view(weight.shape).to(weight.dtype)
+        merged = weight + (scale * (up @ down)).view(weight.shape).to(weight.dtype)
         for name in self.SOURCES:
             del self._parameters[name]
         del self.__dict__["lora_scale"]
         self.__class__ = self.plain_class  # type: ignore[assignment]  # the class it had before `adapt`
-        self._parameters["weight"] = nn.Parameter(merged.detach(), requires_grad=weight.requires_grad)
+        if not weight.is_meta:  # what has no numbers stays the same object, so that a tie is seen
+            self._parameters["weight"] = nn.Parameter(merged.detach(), requires_grad=weight.requires_grad)
 
 
 def adapt(layer: nn.Module, rank: int, scale: float, dtypes: tuple[torch.dtype, torch.dtype]) -> None:

@@ -97,7 +97,9 @@ def totals_rows(outcome: Outcome) -> list[tuple[str, int | None, int | None]]:
     if before is None and after is None:
         return []
     names = {"modules": "modules", "parameters": "parameters", "bytes": "bytes", "norm layers": "norms"}
-    return [(row, getattr(before, name, None), getattr(after, name, None)) for row, name in names.items()]
+    rows = [(row, getattr(before, name, None), getattr(after, name, None)) for row, name in names.items()]
+    counted = before is not None and before.ops is not None and after is not None and after.ops is not None
+    return [*rows, ("op calls", before.ops, after.ops)] if counted and before and after else rows
 
 
 def files(outcome: Outcome) -> list[tuple[str, FileFacts]]:

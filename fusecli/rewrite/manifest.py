@@ -60,6 +60,7 @@ class Manifest:
 
     spec_sha256       of the spec as it was resolved (jobs.fold.resolved_sha256)
     ties              names of the original checkpoint that were the very same memory
+    adapter_sha256    of the adapter that is part of the weights; "": there is none
     key, strip_prefix how the original checkpoint has to be opened, as it was found
     """
 
@@ -72,6 +73,7 @@ class Manifest:
     ties: tuple[tuple[str, ...], ...] = ()
     key: str = ""
     strip_prefix: tuple[str, ...] = ()
+    adapter_sha256: str = ""
 
     def to_json(self) -> str:
         """Sorted keys, no timestamps, no paths: the same work gives the same bytes."""
@@ -86,6 +88,7 @@ class Manifest:
             "ties": [list(tie) for tie in self.ties],
             "key": self.key,
             "strip_prefix": list(self.strip_prefix),
+            "adapter_sha256": self.adapter_sha256,
         }
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
@@ -112,6 +115,7 @@ class Manifest:
                 ties=tuple(_names(tie) for tie in document["ties"]),
                 key=str(document["key"]),
                 strip_prefix=_names(document["strip_prefix"]),
+                adapter_sha256=str(document.get("adapter_sha256", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UnsafeError(

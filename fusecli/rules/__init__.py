@@ -43,7 +43,9 @@ class Rule:
     def listed(self) -> bool:
         """Whether a list of names is enough to use it; the others need a run that shows how they are
         joined."""
-        return self.equation in ("fold_output", "none")
+        # The audit of a chain follows what a layer gives; of a norm in front it would believe the list.
+        layer_first = "norm" not in self.pattern[0].split("|")
+        return self.equation == "none" or (self.equation == "fold_output" and layer_first)
 
     def matches(self, kinds: tuple[str, ...]) -> bool:
         """Whether the first members of a group, by their kinds, are what this rule fuses."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fusecli.errors import UsageError
 from fusecli.spec import nodes
+from fusecli.spec.adapter import Adapter
 from fusecli.spec.code import ExtraMapping, Model
 from fusecli.spec.groups import GroupSpec
 from fusecli.spec.inputs import InputSpec
@@ -22,6 +23,7 @@ from fusecli.spec.wording import escaped, shown, suggestion
 
 # The mapping that stands below each top-level key; its fields are the keys that may be meant.
 _PARTS: dict[str, type[BaseModel]] = {
+    "adapter": Adapter,
     "checkpoint": Checkpoint,
     "model": Model,
     "inputs": InputSpec,

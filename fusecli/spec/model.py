@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, PrivateAttr, field_validator
 
 from fusecli.spec import nodes
+from fusecli.spec.adapter import Adapter
 from fusecli.spec.code import ExtraMapping, Model
 from fusecli.spec.groups import GroupSpec
 from fusecli.spec.inputs import InputEntry, refuse_misplaced_names
@@ -76,6 +77,7 @@ class Spec(Part):
     discover  also fuse what the dataflow offers
     target    what discovery is for: "inference" folds norms, "quant" puts a ReLU into a container too
     bake      layers whose weight is computed (weight_norm, a pruning mask) are made plain, and then folded
+    adapter   a LoRA adapter that is added to the checkpoint's weights
     shared    a weight or module with several names: refuse to fold it, or clone it for each name
     rules     the rules that may be used; empty: all but `no_rules`
     allow_restructure  a layer may become one of another class, where only that is exact
@@ -87,6 +89,7 @@ class Spec(Part):
     inputs: Listed[InputEntry] = ()
     qat: Flag = False
     bake: Flag = False
+    adapter: Maybe[Section[Adapter]] = None
     groups: Listed[GroupSpec] = ()
     assume: Section[Assume] = Assume()
     discover: Flag = False

@@ -6,6 +6,22 @@ from typing import Any
 
 from fusecli.spec.model import VERSIONS, Spec
 
+_PAIR = {"type": "array", "minItems": 2}
+_TWO_OR_MORE = {
+    "anyOf": [
+        {
+            "type": "array",
+            "items": {"anyOf": [_PAIR, {"type": "object", "properties": {"modules": _PAIR}}]},
+        },
+        {"type": "array", "items": {"type": ["string", "number", "boolean", "null"]}, "minItems": 2},
+    ]
+}
+# A layer that is baked or adapted may stand alone.
+_BAKED = [
+    {"type": "object", "required": ["bake"], "properties": {"bake": {"const": True}}},
+    {"type": "object", "required": ["adapter"], "properties": {"adapter": {"type": "object"}}},
+]
+
 
 def json_schema() -> dict[str, Any]:
     """The schema of what people write: a group may be a bare list, a single group need not be nested."""
@@ -14,8 +30,8 @@ def json_schema() -> dict[str, Any]:
     names = _group_forms(parts)
     keys["groups"] = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/Group"}}, names]}
     keys["version"] = {"enum": list(VERSIONS), "default": VERSIONS[-1]}
-    for later in ("qat", "discover"):
-        keys[later] = {"const": False, "default": False}
+    keys["qat"] = {"const": False, "default": False}
+    schema["anyOf"] = [*_BAKED, {"type": "object", "properties": {"groups": _TWO_OR_MORE}}]
     parts["FreeValue"] = {}
     parts["InputSpec"]["oneOf"] = [{"required": ["shape"]}, {"required": ["file", "key"]}]
     parts["ExtraMapping"]["oneOf"] = [{"required": ["sequence", "fuser"]}, {"required": ["treat", "as"]}]
@@ -26,7 +42,7 @@ def _group_forms(parts: dict[str, Any]) -> dict[str, Any]:
     """Splits the model's GroupSpec into its two spellings; answers the bare list of names."""
     mapping = parts["GroupMapping"] = parts.pop("GroupSpec")
     names = mapping["properties"]["modules"]
-    names["minItems"] = 2
+    names["minItems"] = 1
     stride = mapping["properties"]["stride"]["anyOf"]
     stride.insert(0, stride[0]["items"])
     parts["Group"] = {"anyOf": [names, {"$ref": "#/$defs/GroupMapping"}]}

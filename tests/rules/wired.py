@@ -1,4 +1,5 @@
-"""The words of the rules that need a run: a network is wired in the test, and its group is folded or refused."""
+"""The words of the rules that need a run: a network is wired in the test, and its group is folded or
+refused."""
 
 from __future__ import annotations
 
@@ -44,14 +45,16 @@ class Affine(nn.Module):
 class Normalise(nn.Module):
     """(x - mean) / std of images, both buffers."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         for name in ("mean", "std"):
             self.register_buffer(name, torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = (x - self.mean) / self.std
-        return y
+        return (x - self.mean) / self.std
 
 
 class RMSNorm(nn.Module):
@@ -109,7 +112,8 @@ def folded(model: nn.Module, x: Any, rule: str, modules: str) -> Any:
 
 
 def fused(model: nn.Module, x: Any, *groups: str) -> Outcome:
-    """What is found, or these groups, each the names in one string: proven, and a float64 twin within 1e-12."""
+    """What is found, or these groups, each the names in one string: proven, and a float64 twin within
+    1e-12."""
     listed: Any = {"groups": [group.split() for group in groups]} if groups else {"discover": True}
     twin, exact = float64(model), x.double()
     outcome = fusecli.fuse(twin, exact, **listed)

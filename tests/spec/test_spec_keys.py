@@ -36,11 +36,14 @@ extra_mappings:
   - {treat: myproj.layers.MyBatchNorm, as: torch.nn.BatchNorm2d}
 verify: {seed: 7, samples: 2}
 output: {format: safetensors, dtype: keep}
+bake: true
+adapter: {file: adapter.safetensors, scale: -0.5}
 """
 
 UNKNOWN = {
     "top": ("grops: []", "1:1: key 'grops' is unknown; did you mean 'groups'?"),
     "checkpoint": ("checkpoint: {keys: a}", "1:14: key 'keys' is unknown; did you mean 'key'?"),
+    "adapter": ("adapter: {file: a, scal: 1}", "1:20: key 'scal' is unknown; did you mean 'scale'?"),
     "model": ("model: {factory: 'a:b', kwarg: {}}", "1:25: key 'kwarg' is unknown; did you mean 'kwargs'?"),
     "inputs": ("inputs:\n- {shpe: [1], shape: [1]}", "2:4: key 'shpe' is unknown; did you mean 'shape'?"),
     "nested inputs": (
@@ -73,6 +76,12 @@ REFUSED = {
     ),
     "qat": ("qat: true", "1:6: QAT fusion is not available yet; write qat: false"),
     "discover": ("discover: maybe", "1:11: "),
+    "bake": ("bake: yes", "1:7: true or false is expected"),
+    "no adapter file": ("adapter: {scale: 2}", "1:1: key 'file' is missing"),
+    "an adapter as text": ("adapter: a.safetensors", "1:10: a mapping is expected"),
+    "scale and alpha": ("adapter: {file: a, scale: 1, alpha: 2}", "1:1: an adapter has a scale or an alpha"),
+    "a scale as text": ("adapter: {file: a, scale: '2'}", "1:27: a number is expected, found '2'"),
+    "an infinite scale": ("adapter: {file: a, scale: .inf}", "1:27: a finite number is expected"),
     "target": ("target: qunt", "1:9: target 'qunt' is unknown; did you mean 'quant'?"),
     "shared": ("shared: yes", "1:9: "),
     "groups as text": ("groups: conv1", "1:9: a list is expected, found 'conv1'"),

@@ -1,0 +1,267 @@
+"""A LoRA adapter as a file: its pairs of tensors by the layer they belong to, and the scale of each."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusecli.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from fusecli.errors import FusecliError, Problem, RefusedError, UsageError
+from fusecli.nn import Adapted, adapt, computed_tensor
+from fusecli.outcome import LedgerEntry
+from fusecli.rewrite import ModuleTree
+from fusecli.spec.adapter import Adapter as AdapterSpec
+from fusecli.spec.names import NameTree
+
+CONFIG = "adapter_config.json"
+_LIMIT = 1 << 20
+_PEFT = "base_model.model."
+_NAME = re.compile(r"(?P<path>.+)\.(?P<side>lora_[AB])(\.(?P<adapter>[^.]+)\.weight|\.weight)?", re.DOTALL)
+_ROUNDED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MOST_NAMES = 3
+# What is in the file of an adapter that is no sum of the base and a product.
+_OTHERS = {
+    "lora_magnitude_vector": "DoRA scales the sum by its own norm",
+    "lora_embedding_A": "it adapts an embedding",
+    "lora_embedding_B": "it adapts an embedding",
+    "modules_to_save": "it replaces whole modules",
+}
+# Keys of PEFT's configuration which say that the adapter is something else than W + scale B A.
+_UNSUPPORTED = {
+    "use_dora": "DoRA scales the sum by its own norm",
+    "fan_in_fan_out": "its weights are stored as [in, out]",
+    "modules_to_save": "it replaces whole modules",
+    "alpha_pattern": "each layer has an alpha of its own",
+    "layer_replication": "it repeats layers of the base",
+    "lora_bias": "its B has a bias",
+    "trainable_token_indices": "it replaces rows of an embedding",
+}
+# Ways to begin training that change the base weights too: the adapter alone does not tell how.
+_BASE_CHANGED = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """lora_A and lora_B of one layer."""
+
+    down: StoredTensor
+    up: StoredTensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An open adapter; `strength` is the scale itself, or what is divided by the rank, or by its root."""
+
+    path: Path
+    sha256: str
+    pairs: Mapping[str, Pair]
+    strength: float
+    divided: str = ""  # "", "rank" or "root"
+    rank: int | None = None  # that every layer is said to have
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """By the names that they have in an adapted model."""
+        return {
+            f"{path}.{name}": tensor
+            for path, pair in self.pairs.items()
+            for name, tensor in zip(Adapted.SOURCES, (pair.down, pair.up), strict=True)
+        }
+
+    @property
+    def entry(self) -> LedgerEntry:
+        what = f"{len(self.pairs)} layers have it added to their weights (sha256 {self.sha256[:12]}...)"
+        return LedgerEntry("adapter", str(self.path), what)
+
+    def scale(self, rank: int) -> float:
+        return self.strength / {"": 1.0, "rank": rank, "root": math.sqrt(rank)}[self.divided]
+
+
+def protected(spec: AdapterSpec, folder: Path) -> list[Path]:
+    """The files that are read for it, and have to stay as they are."""
+    file = folder / spec.file
+    return [file, file.parent / CONFIG]
+
+
+def open_adapter(spec: AdapterSpec, folder: Path, where: str) -> Adapter:
+    """The adapter that a spec names, its tensors not read yet.
+
+    Raises UsageError for a file that is no LoRA adapter, or whose scale nobody says; RefusedError for one
+    whose layers are something else than W + scale B A; UnsafeError as open_checkpoint does.
+    """
+    try:
+        checkpoint = open_checkpoint(folder / spec.file)
+    except FusecliError as error:
+        problems = (Problem(f"the adapter: {p.what}", f"{where}: {p.where}", p.fix) for p in error.problems)
+        raise type(error)(*problems) from error
+    pairs = _pairs(checkpoint)
+    found = Adapter(checkpoint.path, checkpoint.sha256(), pairs, spec.scale or 0.0)
+    if spec.scale is None and spec.alpha is None:
+        return _configured(found, checkpoint.path.parent / CONFIG, where)
+    if spec.alpha is not None:
+        return Adapter(found.path, found.sha256, pairs, spec.alpha, "rank")
+    return found
+
+
+def _pairs(checkpoint: Checkpoint) -> dict[str, Pair]:
+    where = str(checkpoint.path)
+    sides: dict[str, dict[str, StoredTensor]] = {}
+    problems: list[Problem] = []
+    for name, tensor in checkpoint.tensors.items():
+        full = (
+            "".join(checkpoint.prefixes) + name
+        )  # what looks like a wrapper's prefix may be the model's own
+        match = _NAME.fullmatch(full.removeprefix(_PEFT))
+        if match is None or match["path"].endswith(".modules_to_save"):
+            raise _no_pair(full, where)
+        held = sides.setdefault(match["path"], {})
+        if match["side"] in held:
+            fix = "save one adapter to a file"
+            problems.append(Problem(f"{match['path']} has two tensors {match['side']}", where, fix))
+        if tensor.dtype not in _ROUNDED:
+            problems.append(Problem(f"{full} is {tensor.dtype}, not a floating-point tensor", where))
+        held[match["side"]] = tensor
+    for path, held in sides.items():
+        for name in (name for name in Adapted.SOURCES if name not in held):
+            problems.append(Problem(f"{path} has {next(iter(held))} and no {name}", where, "save both"))
+    if not sides:
+        problems.append(Problem("there is no tensor in this adapter", where))
+    if problems:
+        raise UsageError(*problems)
+    return {path: Pair(held["lora_A"], held["lora_B"]) for path, held in sides.items()}
+
+
+def _no_pair(name: str, where: str) -> FusecliError:
+    for part, what in _OTHERS.items():
+        if part in name.split("."):
+            fix = "merge it with the library that trained it, and fuse the result"
+            return RefusedError(Problem(f"{name}: {what}, which is no sum of W and B A", where, fix))
+    fix = "a LoRA adapter has X.lora_A.weight and X.lora_B.weight (or X.lora_A and X.lora_B) for each layer X"
+    return UsageError(Problem(f"{name} is no part of a LoRA adapter", where, fix))
+
+
+def _configured(adapter: Adapter, path: Path, where: str) -> Adapter:
+    """The adapter with the scale that PEFT's configuration gives it."""
+    config = _config(path, where)
+    label = str(path)
+    if config.get("peft_type", "LORA") != "LORA":
+        raise RefusedError(Problem(f"peft_type is {config['peft_type']!r}, not 'LORA'", label))
+    for key, what in _UNSUPPORTED.items():
+        if config.get(key):
+            fix = "merge it with the library that trained it, and fuse the result"
+            raise RefusedError(Problem(f"{key} is set: {what}, which is not supported", label, fix))
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_BASE_CHANGED):
+        fix = "save it with path_initial_model_for_weight_conversion, as PEFT has it"
+        raise RefusedError(Problem(f"init_lora_weights is {begun!r}: the base was changed too", label, fix))
+    alpha, rank, root = config.get("lora_alpha"), config.get("r"), config.get("use_rslora", False)
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise UsageError(Problem(f"lora_alpha is {alpha!r}, not a number", label))
+    if type(rank) is not int or rank < 1:
+        raise UsageError(Problem(f"r is {rank!r}, not a whole number from 1", label))
+    if type(root) is not bool:
+        raise UsageError(Problem(f"use_rslora is {root!r}, not true or false", label))
+    said = None if config.get("rank_pattern") else rank
+    divided = "root" if root else "rank"
+    return Adapter(adapter.path, adapter.sha256, adapter.pairs, float(alpha), divided, said)
+
+
+def _config(path: Path, where: str) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LIMIT + 1)
+    except OSError as error:
+        fix = "add scale: 2.0, or alpha: 16 (alpha / rank is the scale), to the adapter"
+        reason = error.strerror or str(error)
+        raise UsageError(
+            Problem(f"nothing says its scale: {CONFIG} beside it: {reason}", where, fix)
+        ) from None
+    if len(data) > _LIMIT:
+        raise UsageError(Problem("is larger than 1 MiB", str(path), "say scale or alpha in the spec"))
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(Problem(f"is no JSON: {error}", str(path))) from None
+    if not isinstance(config, dict):
+        raise UsageError(Problem("is no JSON object", str(path)))
+    return config
+
+
+def dress(model: nn.Module, adapter: Adapter, tied: Collection[str] = ()) -> None:
+    """Puts the adapter's layers into the model, without their numbers.
+
+    tied  names of tensors that have others too, where no plan will find that out
+    Raises UsageError where a layer does not exist or shapes do not fit, RefusedError for layers that are
+    none of those that W + scale B A is the same for.
+    """
+    tree = ModuleTree(model)
+    require_known(adapter, tree.modules)
+    where = str(adapter.path)
+    problems, refused = [], []
+    for path, pair in adapter.pairs.items():
+        layer = tree[path]
+        if no := _unfit(layer, f"{path}.weight" in tied):
+            refused.append(
+                Problem(f"{path}: {no}", where, "merge it yourself, or take it out of the adapter")
+            )
+        else:
+            problems += [
+                Problem(f"{path}: {what}", where, fix) for what, fix in _misshapen(layer, pair, adapter)
+            ]
+    if refused or problems:
+        raise RefusedError(*refused) if refused else UsageError(*problems)
+    for path, pair in adapter.pairs.items():
+        rank = pair.down.shape[0]
+        adapt(tree[path], rank, adapter.scale(rank), (pair.down.dtype, pair.up.dtype))
+
+
+def require_known(adapter: Adapter, names: Collection[str]) -> None:
+    """Raises UsageError with every layer of the adapter that `names` has not."""
+    tree = NameTree([name for name in names if name])
+    lost = [path for path in adapter.pairs if path not in tree]
+    if lost:
+        raise UsageError(*_lost(lost, tree, str(adapter.path)))
+
+
+def _lost(lost: list[str], tree: NameTree, where: str) -> Iterator[Problem]:
+    for path in lost[:_MOST_NAMES]:
+        near = tree.nearest(path)
+        fix = f"the nearest is {near}" if near else "is it the adapter of this model?"
+        yield Problem(f"the adapter has {path}, which the model has not", where, fix)
+    if len(lost) > _MOST_NAMES:
+        yield Problem(f"and {len(lost) - _MOST_NAMES} more", where)
+
+
+def _unfit(layer: nn.Module, tied: bool) -> str:
+    """Why W + scale B A would not be what the adapted layer computes; "" if it is."""
+    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return f"it is of class {type(layer).__name__}, no Linear or convolution"
+    name, how = computed_tensor(layer)
+    if how:
+        return f"its {name} is computed from other tensors by {how} (parametrized)"
+    if getattr(layer, "groups", 1) != 1:
+        return f"it is a convolution of {layer.groups} groups"
+    if "forward" in vars(layer):
+        return "its forward was put on the instance"
+    return "its weight is the same memory as another tensor (tied-weights)" if tied else ""
+
+
+def _misshapen(layer: nn.Module, pair: Pair, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    down, up, shape = pair.down.shape, pair.up.shape, tuple(weight.shape)
+    fix = f"the weight is {list(shape)}: A is [rank, {', '.join(map(str, shape[1:]))}]"
+    if len(down) != len(shape) or down[0] < 1 or down[1:] != shape[1:]:
+        yield f"lora_A is {list(down)}", fix
+    elif up != (wanted := (shape[0], down[0], *(1 for _ in shape[2:]))):
+        yield f"lora_B is {list(up)}, and lora_A is {list(down)}", f"B has to be {list(wanted)}"
+    elif adapter.rank is not None and down[0] != adapter.rank:
+        yield f"its rank is {down[0]}, and {CONFIG} says {adapter.rank}", "say scale in the spec"
