@@ -249,7 +249,7 @@ def plan(
     )
     fold = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
     groups, unfused = choice.groups, choice.unfused(fold.decisions)
-    text = listing(groups, unfused, names_of(tree))
+    text = ("bake: true\n" if bake else "") + listing(groups, unfused, names_of(tree))
     return Proposal(tuple(group.modules for group in groups), unfused, text, recorded(run))
 
 

@@ -68,6 +68,7 @@ def fuse(
     rules: options.Rules = None,
     no_rules: options.NoRules = None,
     allow_restructure: options.Restructure = False,
+    remove_idle: options.RemoveIdle = False,
     allow_code: options.AllowCode = None,
     allow_pickle: options.AllowPickle = False,
     seed: options.Seed = None,
@@ -102,6 +103,7 @@ def fuse(
             rules=rules,
             no_rules=no_rules,
             allow_restructure=allow_restructure,
+            remove_idle=remove_idle,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

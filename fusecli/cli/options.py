@@ -82,6 +82,15 @@ Restructure = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+RemoveIdle = Annotated[
+    bool,
+    typer.Option(
+        "--remove-idle",
+        help="Make identities of modules that do nothing at inference, such as Dropout; other code may use "
+        "them.",
+        rich_help_panel=_RUN,
+    ),
+]
 Bake = Annotated[
     bool,
     typer.Option(

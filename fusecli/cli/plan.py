@@ -50,6 +50,7 @@ def plan(
     rules: options.Rules = None,
     no_rules: options.NoRules = None,
     allow_restructure: options.Restructure = False,
+    remove_idle: options.RemoveIdle = False,
     exclude: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--exclude", metavar="PATTERN", help="Leave what this pattern covers. Repeatable."),
@@ -88,6 +89,7 @@ def plan(
             rules=rules,
             no_rules=no_rules,
             allow_restructure=allow_restructure,
+            remove_idle=remove_idle,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

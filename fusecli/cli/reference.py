@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from rich.console import Console
@@ -22,15 +22,14 @@ def require_known(name: str, names: Iterable[str], *, kind: str, command: str) -
     raise UsageError(Problem(f"{kind} '{name}' is unknown", "", hint))
 
 
-def print_list(
-    console: Console, head: tuple[str, str], rows: Iterable[tuple[str, str]], width: int = 0
-) -> None:
-    """A column of names, at least `width` wide, and what they are in a few words."""
+def print_list(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]], width: int = 0) -> None:
+    """A column of names, at least `width` wide, and what they are in a few words, in one or more columns."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(head[0], min_width=width, no_wrap=True)
-    table.add_column(head[1])
-    for name, text in rows:
-        table.add_row(Text(name, "cyan"), Text(text))
+    for title in head[1:]:
+        table.add_column(title, no_wrap=title != head[-1])
+    for name, *texts in rows:
+        table.add_row(Text(name, "cyan"), *map(Text, texts))
     console.print(table)
 
 

@@ -17,7 +17,8 @@ from fusecli.engine.decisions import Decision, Group, Modules, Vocabulary
 from fusecli.engine.inside import untouched
 from fusecli.engine.uses import Uses
 from fusecli.equivalence.groups import Pass
-from fusecli.errors import NotFoldable, require
+from fusecli.equivalence.run import float64_arithmetic
+from fusecli.errors import NotFoldable, Problem, RefusedError, require
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS
 from fusecli.graph.materialise import in_float64, with_tensors
 from fusecli.graph.record import Run
@@ -45,18 +46,26 @@ def computed_layers(
 
 
 def bake_tree(tree: ModuleTree, bakes: Bakes) -> None:
-    """Makes these layers plain, each number in the dtype it has: enough to plan on and to record."""
-    apply_rewrite(tree, Rewrite(edits=tuple(Plain(path) for path in bakes)))
+    """Makes these layers plain, each number in the dtype it has: enough to plan on and to record.
+
+    Raises RefusedError where somebody's parametrization computes nothing, here or without numbers.
+    """
+    for path in bakes:
+        try:
+            apply_rewrite(tree, Rewrite(edits=(Plain(path),)))
+        except Exception as error:  # whatever somebody's parametrization may raise
+            what = f"its weight cannot be computed: {type(error).__name__}: {error}"
+            raise RefusedError(Problem(what, path, "exclude it, or make it plain first")) from error
 
 
 def alone(tree: ModuleTree, group: Group, bakes: Bakes, vocabulary: Vocabulary, run: Run | None) -> Decision:
     """The decision for a layer that is made plain and not folded; raises NotFoldable."""
     (path,) = group.modules
     require(
-        path in bakes and vocabulary.kind(tree[path]) in LAYER_KINDS,
+        vocabulary.kind(tree[path]) in LAYER_KINDS,
         "no-rule",
-        f"the weight of {path} is not computed from other tensors: there is nothing to bake",
-        remedy="list it with what is folded into it, or leave it out",
+        f"{path} is no layer, and only layers are baked alone",
+        remedy="list it with the layer that it is folded into, or leave it out",
     )
     Uses(tree).require_single(path, tree[path])
     visits = run.recording.visits_of(path) if run is not None else []
@@ -109,8 +118,15 @@ def _plain(path: str, rule: str, module: nn.Module) -> tuple[nn.Module, Rewrite]
         # The model that is planned on: its layers are plain already, and have no numbers.
         return wide, Rewrite(_parameters(path, wide), (Plain(path),))
     operand = Member(path, wide, _KINDS[rule])
-    rewrite = next(each for each in all_rules() if each.name == rule).rewrite(operand)
-    apply_rewrite(ModuleTree(plant({path: wide})), rewrite)
+    try:
+        with float64_arithmetic():
+            rewrite = next(each for each in all_rules() if each.name == rule).rewrite(operand)
+            apply_rewrite(ModuleTree(plant({path: wide})), rewrite)
+    except NotFoldable:
+        raise
+    except Exception as error:  # whatever somebody's parametrization may raise
+        reason = f"the weight of {path} cannot be computed in float64: {type(error).__name__}: {error}"
+        raise NotFoldable("parametrized", reason, remedy="leave the layer out") from error
     return wide, Rewrite(_parameters(path, wide), rewrite.edits)
 
 

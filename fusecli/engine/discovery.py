@@ -11,6 +11,7 @@ from typing import Literal
 
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Decision, Group, Member, Plan, Vocabulary, refusal
+from fusecli.engine.idle import idle_modules
 from fusecli.engine.inside import norm_at_work
 from fusecli.engine.known import Known
 from fusecli.engine.planning import plan
@@ -33,11 +34,13 @@ class Offer:
     """What the dataflow offers: a plan of sound groups, and every norm that is left, with the reason.
 
     bare  layers to whose output an operator adds their own input: as a module it could become part of them
+    idle  modules that do nothing at inference
     """
 
     plan: Plan = field(default_factory=Plan)
     left: tuple[Unfused, ...] = ()
     bare: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -69,8 +72,14 @@ def discover(
     for no in offered.refused:
         left[no.group[-1]] = _unfused(search.audit.member(no.group[-1]), no)
     fused = {path for decision in offered.decisions for path in decision.members}
+    held = {
+        path
+        for group in (*listed, *(decision.group for decision in offered.decisions))
+        for path in group.modules
+    }
+    idle = tuple(p for p in idle_modules(search.audit) if p not in held and not excluded(p))
     named = [unfused for path, unfused in left.items() if path not in fused]
-    return Offer(replace(offered, refused=()), (*named, *search.functional()), tuple(search.bare))
+    return Offer(replace(offered, refused=()), (*named, *search.functional()), tuple(search.bare), idle)
 
 
 def _offered(

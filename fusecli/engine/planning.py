@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from fusecli.engine.audit import Audit, Found
 from fusecli.engine.decisions import Decision, Group, Member, Modules, Plan, Vocabulary, refusal
 from fusecli.engine.fusers import opaque
+from fusecli.engine.idle import idle_decision, idle_modules
 from fusecli.engine.known import Known
 from fusecli.engine.steps import Wave
 from fusecli.engine.uses import Uses
@@ -93,6 +94,8 @@ class _Planner:
             found = self._observed(group, members, custom=True)
             decision = Decision(group, custom.name, opaque(custom, group.modules), group.modules, custom=True)
             return self._with(decision, found), found
+        if self.audit is not None and group.modules[1:] == () and group.modules[0] in self._idle:
+            return idle_decision(self.audit, group), None
         try:
             return self._chain(group, members)
         except NotFoldable as no:
@@ -115,8 +118,9 @@ class _Planner:
             below = search.below if members[0].kind not in LAYER_KINDS else {}
             known = {**search.refused, **below}
             said = [known[path] for path in left if path in known]
-            layers = any(member.kind in LAYER_KINDS for member in members)
-            blunt = () if layers else ("no-linear-producer", "no-linear-consumer")
+            kinds = {member.kind for member in members}
+            # No rule takes a pooling, say: that is more to the point than what feeds the norm behind it.
+            blunt = () if kinds & LAYER_KINDS or kinds <= FOLDABLE else _NOTHING_BESIDE
             telling = [
                 one
                 for one in said
@@ -124,6 +128,10 @@ class _Planner:
             ]
             raise telling[0] if telling else no
         return wide(audit.recording, group, waves, self.known(audit).shown)
+
+    @cached_property
+    def _idle(self) -> frozenset[str]:
+        return frozenset(idle_modules(self.audit) if self.audit is not None else ())
 
     def known(self, audit: Audit) -> Known:
         if self._known is None:
@@ -267,6 +275,7 @@ def _in_order(audit: Audit, group: Group, waves: Sequence[Wave]) -> bool:
     return all(place[step.paths[0]] < place[step.paths[1]] for step in moved)
 
 
+_NOTHING_BESIDE = ("no-linear-producer", "no-linear-consumer")
 # Why a norm does not go into the layer after it: then the list was no slip of the pen.
 _BACKWARD = ("padding-border", "transposed-shift", "tied-weights")
 

@@ -60,7 +60,7 @@ class Search:
         routes = Routes(self.known.audit, self.known.maps, self.may, self.known.layer_sites, set(gone))
         waves: list[Wave] = []
         # What has left its place may have stood between two others.
-        while found := [*self._moved(routes, up=True), *self._moved(routes, up=False)]:
+        for found in [[*self._moved(routes, up=True), *self._moved(routes, up=False)]]:
             waves += found
         biased = {path for wave in waves for step in wave for path in step.paths}
         changed = {step.paths[1] for wave in waves for step in wave if step.rule.restructures}

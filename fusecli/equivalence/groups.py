@@ -20,7 +20,7 @@ from fusecli.equivalence.run import float64_arithmetic
 from fusecli.graph.dataflow import Call
 from fusecli.graph.labels import moved
 from fusecli.outcome import Judgement
-from fusecli.sample import Sample, cast
+from fusecli.sample import Sample, cast, mapped
 
 Inputs = Sample | Sequence[Sample]  # of a chain those of its first member, of a region those of every call
 Observer = Callable[[int, int, Any, Any], None]
@@ -79,8 +79,7 @@ class GroupCheck:
                 return
             self.difference = self.difference.worse(difference)
             if self.noticed <= TOLERANCE:
-                noisy = self._against(observed, self._noisy(), inputs, turn)
-                self.noticed = max(self.noticed, noisy.error)
+                self.noticed = max(self.noticed, self._disturbed(observed, inputs, turn).error)
 
     @torch.no_grad()
     def stored(self, turn: int, inputs: Inputs, observed: Any) -> None:
@@ -124,6 +123,12 @@ class GroupCheck:
         if self.noticed <= self.tolerance:
             return "the inputs do not notice weights that are off by 1 %"
         return ""
+
+    def _disturbed(self, observed: Any, inputs: Inputs, turn: int) -> Difference:
+        """With weights that are off by 1 %; of what has none, with an output that is."""
+        if any(module.state_dict() for module in self.exact):
+            return self._against(observed, self._noisy(), inputs, turn)
+        return compare(observed, mapped(observed, lambda tensor: tensor * (1 + _PERTURBATION)))
 
     def _shown(self, modules: Sequence[nn.Module], inputs: Inputs, observed: Any) -> Any:
         if self.region is None or isinstance(inputs, Sample):

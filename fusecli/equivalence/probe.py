@@ -29,7 +29,8 @@ def probe(
     original = {path: in_float64(module).eval() for path, module in modules.items()}
     fused = {path: in_float64(module).eval() for path, module in modules.items()}
     tree = ModuleTree(plant(fused))
-    apply_rewrite(tree, rewrite(fused))
+    with float64_arithmetic():  # what computes a weight is run here too
+        apply_rewrite(tree, rewrite(fused))
     x = probe_input(next(iter(original.values())), torch.Generator().manual_seed(_SEED))
     with torch.no_grad(), float64_arithmetic():
         return compare(chain(list(original.values()), x), chain([tree[path] for path in fused], x))

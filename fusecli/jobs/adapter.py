@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Adapter:
     divided: str = ""  # "", "rank" or "root"
     rank: int | None = None  # that every layer is said to have
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """By the names that they have in an adapted model."""
         return {
@@ -116,18 +117,15 @@ def _pairs(checkpoint: Checkpoint) -> dict[str, Pair]:
     sides: dict[str, dict[str, StoredTensor]] = {}
     problems: list[Problem] = []
     for name, tensor in checkpoint.tensors.items():
-        full = (
-            "".join(checkpoint.prefixes) + name
-        )  # what looks like a wrapper's prefix may be the model's own
-        match = _NAME.fullmatch(full.removeprefix(_PEFT))
+        match = _NAME.fullmatch(name.removeprefix(_PEFT))
         if match is None or match["path"].endswith(".modules_to_save"):
-            raise _no_pair(full, where)
+            raise _no_pair(name, where)
         held = sides.setdefault(match["path"], {})
         if match["side"] in held:
             fix = "save one adapter to a file"
             problems.append(Problem(f"{match['path']} has two tensors {match['side']}", where, fix))
         if tensor.dtype not in _ROUNDED:
-            problems.append(Problem(f"{full} is {tensor.dtype}, not a floating-point tensor", where))
+            problems.append(Problem(f"{name} is {tensor.dtype}, not a floating-point tensor", where))
         held[match["side"]] = tensor
     for path, held in sides.items():
         for name in (name for name in Adapted.SOURCES if name not in held):

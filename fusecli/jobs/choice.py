@@ -44,6 +44,7 @@ class Choice:
     taking   whether the offer is taken, or only accounted for
     alone    computed layers that are made plain where no group has them
     musts    those of them that nobody may leave out
+    removing whether modules that do nothing become identities
     dropped  groups that were left out on the way, and why
     """
 
@@ -53,15 +54,25 @@ class Choice:
     taking: bool = False
     alone: Sequence[str] = ()
     musts: frozenset[str] = frozenset()
+    removing: bool = False
     dropped: dict[tuple[str, ...], Refusal] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[Group]:
         offered = self.offer.groups if self.offer is not None and self.taking else ()
         groups = [group for group in (*self.asked, *offered) if group.modules not in self.dropped]
+        if self.removing and self.offer is not None:
+            idle = [Group((path,)) for path in self.offer.idle]
+            groups += [group for group in idle if group.modules not in self.dropped]
         held = {path for group in groups for path in group.modules}
         single = [(path,) for path in self.alone if path not in held]
         return groups + [Group(modules) for modules in single if modules not in self.dropped]
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Modules that do nothing at inference, and stay as they are."""
+        offered = self.offer.idle if self.offer is not None else ()
+        return tuple(path for path in offered if (path,) not in {group.modules for group in self.groups})
 
     @property
     def bare(self) -> tuple[str, ...]:
@@ -147,7 +158,7 @@ def chosen(
         if spec.discover:
             raise
         return Choice(modules, asked)
-    return Choice(modules, asked, offer, taking=spec.discover)
+    return Choice(modules, asked, offer, taking=spec.discover, removing=spec.remove_idle)
 
 
 def looked(

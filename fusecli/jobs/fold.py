@@ -115,10 +115,11 @@ def _planned(
     source: Source, skeleton: nn.Module, groups: list[Group], run: Run | None
 ) -> tuple[Plan, list[Rewrite], list[Refusal]]:
     tree = ModuleTree(skeleton)
-    planned = plan(tree, [group for group in groups if len(group.modules) > 1], source.vocabulary, run)
+    baked = [group for group in groups if len(group.modules) == 1 and group.modules[0] in source.bakes]
+    planned = plan(tree, [group for group in groups if group not in baked], source.vocabulary, run)
     refused = list(planned.refused)
     decisions = list(planned.decisions)
-    for group in (group for group in groups if len(group.modules) == 1):
+    for group in baked:
         try:
             decisions.append(alone(tree, group, source.bakes, source.vocabulary, run))
         except NotFoldable as no:

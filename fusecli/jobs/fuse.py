@@ -215,6 +215,12 @@ class _Job:
             skeleton = self.source.skeleton()
             names = [name for name, _ in skeleton.named_modules(remove_duplicate=False) if name]
             return skeleton, groups_of(self.spec, names)
+        if self.spec.bake:
+            fix = "give --model and --input, or model and inputs in the spec"
+            where = self.spec.where(("bake",))
+            raise UsageError(
+                Problem("the model's code computes its weights, and it is not known", where, fix)
+            )
         groups = groups_of(self.spec, module_names(self.source.checkpoint), optional_from=2)
         groups += adapted_groups(self.source, groups)
         skeleton, assumed = planted(self.source.checkpoint, groups, dict(self.spec.assume))

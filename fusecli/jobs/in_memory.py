@@ -44,9 +44,10 @@ def apart(model: nn.Module, roots: Sequence[str], bakes: Bakes | None = None) ->
     if not roots and not bakes:
         return model
     twin = duplicate(model)
-    twin.eval()  # by itself: a class may have a train() that returns nothing
     separate(ModuleTree(twin), roots)
-    bake_tree(ModuleTree(twin), bakes or {})
+    if bakes:
+        twin.eval()  # by itself: a class may have a train() that returns nothing
+        bake_tree(ModuleTree(twin), bakes)
     return twin
 
 

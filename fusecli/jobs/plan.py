@@ -80,7 +80,7 @@ def plan_file(
         tick("trying the folds")
         fold = settled(source, skeleton, choice, run, lambda fold: _try(fold, run))
         unfused = choice.unfused(fold.decisions)
-        text = _written(request, spec, choice.groups, unfused, names)
+        text = _written(request, spec, choice.groups, unfused, names, choice.idle)
         picture = None
         if request.around is not None:
             picture = picture_of(
@@ -122,15 +122,21 @@ def _written(
     groups: Sequence[Group],
     unfused: Sequence[Unfused],
     names: Sequence[str],
+    idle: Sequence[str],
 ) -> str:
     lines = [f"# {visible(request.checkpoint.name)}: {_counted(groups, unfused)}", "version: 1"]
-    return "\n".join([*lines, *_base(request, spec), listing(groups, unfused, names)])
+    return "\n".join([*lines, *_base(request, spec), listing(groups, unfused, names, idle)])
 
 
-def listing(groups: Sequence[Group], unfused: Iterable[Unfused], names: Sequence[str]) -> str:
-    """The groups as a spec lists them, and every norm that is left, as comments."""
+def listing(
+    groups: Sequence[Group], unfused: Iterable[Unfused], names: Sequence[str], idle: Sequence[str] = ()
+) -> str:
+    """The groups as a spec lists them, and as comments every norm that is left and what does nothing."""
     listed = [line for entry in entries([g.modules for g in groups], names) for line in entry]
     lines = ["groups:", *listed] if listed else ["groups: []"]
+    if idle:
+        lines.append("# Does nothing at inference (--remove-idle makes identities of it):")
+        lines += [f"#   {visible(path)}" for path in idle]
     return "\n".join([*lines, *_comments(unfused)]) + "\n"
 
 
@@ -154,6 +160,7 @@ def _base(request: PlanRequest, spec: Spec) -> Iterator[str]:
             "rules",
             "no_rules",
             "allow_restructure",
+            "remove_idle",
             "shared",
             "target",
             "exclude",

@@ -18,7 +18,7 @@ from fusecli.equivalence.findings import Findings, verdict_of
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.judge import judge
 from fusecli.equivalence.noise import narrowest
-from fusecli.equivalence.run import run
+from fusecli.equivalence.run import float64_arithmetic, run
 from fusecli.equivalence.subject import Subject
 from fusecli.errors import RefusedError
 from fusecli.graph.materialise import duplicate
@@ -98,7 +98,8 @@ def float64_fold(original: nn.Module, decisions: Sequence[Decision]) -> nn.Modul
     Raises RefusedError where float64 weights cannot be fused: the caller has fused them in a narrower dtype.
     """
     twin = duplicate(original).double()
-    _, refused = fuse_tree(ModuleTree(twin), decisions)
+    with float64_arithmetic():  # what computes a weight is run here too
+        _, refused = fuse_tree(ModuleTree(twin), decisions)
     if refused:
         raise RefusedError(*(f"{' + '.join(no.group)}: {no.reason}" for no in refused))
     return twin

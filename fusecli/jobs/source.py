@@ -74,9 +74,11 @@ class Source:
         return model
 
     @property
-    def tensors(self) -> dict[str, StoredTensor]:
+    def tensors(self) -> Mapping[str, StoredTensor]:
         """Those of the checkpoint and of the adapter, by their names in the model that has both."""
-        return {**self.checkpoint.tensors, **(self.adapter.tensors if self.adapter else {})}
+        if self.adapter is None:
+            return self.checkpoint.tensors
+        return {**self.checkpoint.tensors, **self.adapter.tensors}
 
     def bake(self, model: nn.Module) -> None:
         """Makes the layers of `bakes` plain, and keeps them as they are: a fold starts from what is
@@ -127,10 +129,11 @@ class Source:
         """The module at `path` with its tensors from the checkpoint, a computed weight still to be computed;
         `skeleton` is the meta model's."""
 
-        stored_tensors = self.tensors
-
         def fetch(name: str, old: Tensor) -> Tensor:
-            stored = stored_tensors.get(f"{path}.{name}")
+            key = f"{path}.{name}"
+            stored = self.checkpoint.tensors.get(key)
+            if stored is None and self.adapter is not None:
+                stored = self.adapter.tensors.get(key)
             if stored is not None:
                 return stored.load()
             if not old.is_meta or self.build is None:

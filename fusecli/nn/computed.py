@@ -113,7 +113,7 @@ def _value(parametrization: Any) -> Tensor:
     try:
         value: Tensor = parametrization()
         return value
-    except (NotImplementedError, RuntimeError):
+    except Exception:  # whatever somebody's forward may raise
         original = getattr(parametrization, "original", None)
         if original is None or not original.is_meta:
             raise

@@ -130,7 +130,8 @@ def _edit_to_dict(edit: Edit) -> dict[str, Any]:
 
 
 def _edit_from_dict(document: dict[str, Any]) -> Edit:
-    readers = {"members": _one_or_more, "sizes": _sizes}
+    # What leaves its place for nothing has no layers that took it over.
+    readers = {"members": _names if document["edit"] == "passed" else _one_or_more, "sizes": _sizes}
     values = {
         k: readers[k](v) if k in readers else v for k, v in document.items() if k not in ("edit", "result")
     }

@@ -137,6 +137,10 @@ class Member:
         assert self.route is not None
         return Rewrite({f"{self.path}.{name}": t for name, t in self.route.neutral(self.module).items()})
 
+    def leaves(self) -> Rewrite:
+        """The module is gone: what it takes is what it gave."""
+        return Rewrite(edits=(Passed(self.path, ()),))
+
     def silenced(self, layer: Member) -> Rewrite:
         """The branch is gone: what is added to the layer's output is nothing."""
         return Rewrite(edits=(Zero(self.path, layer.path),))

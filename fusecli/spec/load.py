@@ -78,7 +78,8 @@ def _may_stand_alone(content: object) -> bool:
     """Whether something is done to a layer by itself, so that a group may have one name."""
     if not isinstance(content, dict):
         return False
-    return content.get("bake") in (True, "true", "True", "TRUE") or bool(content.get("adapter"))
+    asked = (content.get("bake"), content.get("remove_idle"))
+    return any(said in (True, "true", "True", "TRUE") for said in asked) or bool(content.get("adapter"))
 
 
 def _one_group_is_a_list_of_groups(root: Node) -> Node:

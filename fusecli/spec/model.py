@@ -80,6 +80,7 @@ class Spec(Part):
     adapter   a LoRA adapter that is added to the checkpoint's weights
     shared    a weight or module with several names: refuse to fold it, or clone it for each name
     rules     the rules that may be used; empty: all but `no_rules`
+    remove_idle        what does nothing at inference becomes an identity
     allow_restructure  a layer may become one of another class, where only that is exact
     """
 
@@ -98,6 +99,7 @@ class Spec(Part):
     rules: Listed[Text] = ()
     no_rules: Listed[Text] = ()
     allow_restructure: Flag = False
+    remove_idle: Flag = False
     exclude: Listed[Pattern] = ()
     extra_mappings: Listed[Section[ExtraMapping]] = ()
     verify: Section[Verify] = Verify()

@@ -33,6 +33,7 @@ def spec_from_options(
     rules: str | None = None,
     no_rules: str | None = None,
     allow_restructure: bool = False,
+    remove_idle: bool = False,
 ) -> Spec:
     """The spec in the file at `path`, or an empty one, with what was typed in place of what it says.
 
@@ -53,6 +54,8 @@ def spec_from_options(
     for key, names in (("rules", rules), ("no_rules", no_rules)):
         if names is not None:
             typed[key] = [name.strip() for name in names.split(",") if name.strip()]
+    if remove_idle:
+        typed["remove_idle"] = True
     if allow_restructure:
         typed["allow_restructure"] = True
     if bake:

@@ -151,8 +151,8 @@ def test_a_dense_block_where_a_norm_reads_what_another_has_read() -> None:
         return relu(m.k(cat([y, m.b(relu(m.n(y)))], 1)))
 
     model = net(dense, a=up(), n=bn(), b=up(), k=bn(6))
-    outcome = fusecli.fuse(model, X, discover=True)
-    assert (outcome.groups, {norm.module for norm in outcome.unfused}) == ((), {"n", "k"})
+    proposal = fusecli.plan(model, X)
+    assert (proposal.groups, {norm.module for norm in proposal.unfused}) == ((), {"n", "k"})
 
 
 def halves(sizes: list[int]) -> Wiring:
@@ -202,11 +202,10 @@ OVERLAPPING: dict[str, Wiring] = {
 @pytest.mark.parametrize("case", OVERLAPPING)
 def test_overlapping_readers(case: str) -> None:
     model = net(OVERLAPPING[case], a=up(6), n=bn(4), k=bn(3))
-    outcome = fusecli.fuse(model, X, discover=True)
-    assert outcome.groups == ()
+    assert fusecli.plan(model, X).groups == ()
 
 
-def sum_of(wiring: Wiring, **parts: nn.Module) -> Any:
+def sum_of(wiring: Wiring, **parts: Any) -> Any:
     """Branches that read different tensors, so that they cannot become one layer; a norm behind the sum."""
     return net(lambda m, x: relu(m.bn(wiring(m, x))), **{"a": up(), "b": up(), "bn": bn(), **parts})
 

@@ -483,7 +483,9 @@ def test_a_wrong_rule_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_
         if wrong == "the transpose":
             up = LinearOp(up.weight.flip(1), up.bias, up.geometry)
         if wrong == "rounded twice":
-            down = LinearOp(down.weight.bfloat16().double(), None, down.geometry)
+            down = LinearOp(
+                torch.from_numpy(down.weight.numpy().astype("f2").astype("f8")), None, down.geometry
+            )
         if wrong == "left out":
             down = LinearOp(down.weight * 0, None, down.geometry)
         return base, down, up, scale
@@ -498,3 +500,72 @@ def test_a_wrong_rule_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_
 def test_the_rule_is_listed() -> None:
     assert "lora" in rules.names()
     assert "s B A" in rules.describe("lora")
+
+
+def test_names_of_an_adapter_are_data(cli: Cli, folder: Any) -> None:
+    ended = run(
+        cli,
+        {f"q\x1b[31m.{side}": tensor for side, tensor in zip(("lora_A", "lora_B"), Q.values(), strict=True)},
+    )
+    assert (ended.code, "\x1b" in ended.err) == (2, False)
+    deep = ".".join(["q"] * 20_000)
+    assert run(cli, {f"{deep}.lora_A": torch.ones(1, 4), f"{deep}.lora_B": torch.ones(5, 1)}).code == 2
+
+
+def test_wrappers_left_their_names_on_it(cli: Cli, folder: Any) -> None:
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        tensors = {f"{prefix}{name.removeprefix('base_model.model.')}": t for name, t in Q.items()}
+        assert run(cli, tensors).code == 0
+
+
+def test_numbers_that_are_none(cli: Cli, folder: Any) -> None:
+    broken = {name: tensor.clone() for name, tensor in Q.items()}
+    broken["base_model.model.q.lora_A.weight"][0, 0] = float("nan")
+    ended = run(cli, broken)
+    assert (ended.code, [no["code"] for no in ended.report["refused"]]) == (4, ["not-finite"])
+    huge = {name: tensor * 1e25 for name, tensor in Q.items()}
+    ended = run(cli, huge)
+    assert (ended.code, [no["code"] for no in ended.report["refused"]]) == (4, ["overflow"])
+
+
+def test_an_adapted_layer_that_the_inputs_never_reach(cli: Cli, folder: Any) -> None:
+    """It is added, but nobody has seen that it is right."""
+    spare = NET.replace("self.deep", "self.spare = nn.Linear(4, 5); self.deep", 1)
+    Path("net.py").write_text(spare)
+    names: dict[str, Any] = {}
+    exec(spare, names)
+    net = nets.randomise(names["Net"](), 0)
+    save_file({k: v.clone() for k, v in net.state_dict().items()}, "base.safetensors")
+    ended = run(cli, pair("spare", (2, 4), (5, 2)))
+    assert (ended.code, ended.report["verification"]["judgement"]) == (6, "inconclusive")
+
+
+def test_a_weight_that_something_else_reads(cli: Cli, folder: Any) -> None:
+    """Beside the adapter that reader has the weight of the base, and after the merge it would not."""
+    reading = NET.replace(
+        "return self.out", "x = x + self.q.weight.sum()\n        return self.q.weight.mean() + self.out"
+    )
+    Path("net.py").write_text(reading)
+    ended = run(cli, Q)
+    assert (ended.code, [no["code"] for no in ended.report["refused"]]) == (4, ["shared-weight"])
+
+
+def test_the_same_bytes_each_time(cli: Cli, folder: Any) -> None:
+    assert run(cli, {**Q, **CONV}).code == 0
+    before = Path(FUSED).read_bytes()
+    assert run(cli, {**Q, **CONV}).code == 0
+    assert Path(FUSED).read_bytes() == before
+
+
+def test_bfloat16_base_and_float32_adapter_in_a_file(cli: Cli, folder: Any) -> None:
+    state = {
+        name: t.bfloat16() if t.is_floating_point() else t
+        for name, t in load_file("base.safetensors").items()
+    }
+    save_file(state, "base.safetensors")
+    ended = run(cli, Q, inputs=[{"shape": [2, 2, 6, 6], "dtype": "bfloat16"}])
+    assert ended.code == 0, ended.err
+    down, up = Q.values()
+    stored = load_file(FUSED)["q.weight"]
+    for o in range(5):
+        assert_nearest(stored[o, 1], exact_sum(state["q.weight"], down, up, 2.0, (o, 1)))

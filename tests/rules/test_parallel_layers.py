@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fusecli
+from fusecli.errors import ExitCode
 from tests import nets
 from tests.equivalence.nets import X, bn, conv, net
 from tests.rules.wired import (
@@ -112,7 +114,10 @@ def test_one_layer_added_to_itself() -> None:
 
 
 def test_a_silent_branch_breaks_a_forward_that_asks_it_for_a_shape() -> None:
-    left(wired(lambda m, x: (y := m.b(x), (m.a(x) + y) * y.shape[2])[1], a=nn.Conv2d(3, 3, 3, padding=1)), X)
+    """That no run shows: the proof does, and what nobody asked for is dropped."""
+    model = wired(lambda m, x: (y := m.b(x), (m.a(x) + y) * y.shape[2])[1])
+    assert fusecli.fuse(model, X, discover=True).exit_code == ExitCode.NOTHING
+    assert fusecli.fuse(model, X, groups=[["a", "b"]]).model is None
 
 
 SHAPES: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
@@ -177,6 +182,8 @@ def test_wirings(case: str) -> None:
 def test_what_is_added_to_in_place_stays() -> None:
     once = fused(net(in_place, a=point(3, 3, 1), b=conv()), X).model
     assert classes(once, "a", "b") == ["Conv2d", "Zero"]
+    once = fused(wired(lambda m, x: m.a(x) + m.b(x).add_(relu(x))), X).model
+    assert classes(once, "a", "b") == ["Zero", "Conv2d"]
 
 
 def test_behind_a_norm_of_its_own_each() -> None:

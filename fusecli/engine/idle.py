@@ -1,0 +1,61 @@
+"""Modules that a run has seen to do nothing: they give the very tensor that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from torch import nn
+
+from fusecli.engine.audit import Audit
+from fusecli.engine.decisions import Decision, Group
+from fusecli.engine.steps import Operand, Step, by_waves
+from fusecli.equivalence.regions import Region
+from fusecli.graph.dataflow import Visit
+from fusecli.outcome import Evidence
+from fusecli.rules import all_rules
+
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+def idle_modules(audit: Audit) -> Iterator[str]:
+    """Those without tensors, hooks or modules of their own; an nn.Identity is one already."""
+    for path in audit.recording.names:
+        module = audit.tree[path]
+        if not path or type(module) is nn.Identity or any(True for _ in module.children()):
+            continue
+        held = module._parameters or module._buffers or module._forward_hooks or module._forward_pre_hooks
+        visits = audit.recording.visits_of(path)
+        if not held and visits and all(_gives_what_it_takes(audit, module, visit) for visit in visits):
+            yield path
+
+
+def _gives_what_it_takes(audit: Audit, module: nn.Module, visit: Visit) -> bool:
+    if not visit.plain or len(visit.takes) != 1 or len(visit.gives) != 1:
+        return False
+    if type(module) in _POOLS:
+        return _pools_single_elements(module)
+    return visit.takes == visit.gives and not any(audit.recording.alive[number] for number in visit.calls)
+
+
+def _pools_single_elements(pool: nn.Module) -> bool:
+    sizes = [getattr(pool, name) for name in ("kernel_size", "stride")]
+    numbers = [n for size in sizes for n in (size if isinstance(size, tuple) else (size,))]
+    padding = pool.padding if isinstance(pool.padding, tuple) else (pool.padding,)
+    return prod(numbers) == 1 and not any(padding) and getattr(pool, "divisor_override", None) in (None, 1)
+
+
+def idle_decision(audit: Audit, group: Group) -> Decision:
+    """The decision for a group of one such module."""
+    rule = next(rule for rule in all_rules() if rule.name == "idle")
+    waves = [(Step(rule, (Operand(group.modules[0], "nothing"),)),)]
+    region = Region(audit.recording, group.modules)
+    return Decision(
+        group,
+        rule.name,
+        by_waves(waves),
+        group.modules,
+        probe=lambda _: None,
+        evidence=Evidence.OBSERVED,
+        region=region,
+    )
