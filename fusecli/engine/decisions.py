@@ -56,12 +56,14 @@ class Vocabulary:
 
     rules        the names of the rules that may be used; None: all
     restructure  whether a layer may become one of another class, where only that is exact
+    clone        whether a layer may be stored several times, where several norms want it
     """
 
     fusers: tuple[CustomFuser, ...] = ()
     treat: Mapping[type, type] = field(default_factory=dict)
     rules: frozenset[str] | None = None
     restructure: bool = False
+    clone: bool = False
 
     def kind(self, module: nn.Module) -> str:
         return kind_of(module, self.treat.get(type(module)))

@@ -207,6 +207,7 @@ class _Search:
             strict=True,
             rules=self.audit.vocabulary.rules,
             restructure=self.audit.vocabulary.restructure,
+            clone=self.audit.vocabulary.clone,
         )
         parts = [{path for step in wave for path in step.paths} for wave in search.waves(folded)]
         self.bare = search.bare

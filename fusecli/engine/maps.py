@@ -186,11 +186,20 @@ def _own_affine(recording: Recording, call: Call, first: Call) -> bool:
     origins = {
         o for read in call.reads for o in recording.values[read].origins if recording.values[read].constant
     }
-    ours = all(origin.rpartition(".")[0] + "." in own for origin in origins)
+    held = all(_can_be_made(recording, read) for read in call.reads if recording.values[read].constant)
+    ours = held and all(origin.rpartition(".")[0] + "." in own for origin in origins)
     if call.name in GAINS:
         return len(flowing) == 1 and ours and bool(origins)
     divides_by_it = call.name in ("aten.div", "aten.div_") and call.argument(0) not in flowing
     return call.name in AFFINE and len(flowing) == 1 and ours and not divides_by_it
+
+
+def _can_be_made(recording: Recording, value: int) -> bool:
+    """Whether a constant can be worked out again: no literal, whose numbers a recording does not hold."""
+    call = recording.maker(value)
+    if call is None:
+        return bool(recording.values[value].name)
+    return all(_can_be_made(recording, read) for read in call.reads)
 
 
 def _constants(recording: Recording, call: Call) -> list[int]:

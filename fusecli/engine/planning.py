@@ -108,8 +108,11 @@ class _Planner:
         is that of the chain."""
         # What an artifact was made with is allowed where it is judged.
         restructure = self.vocabulary.restructure or "bn_conv_border" in (group.rules or ())
+        clone = self.vocabulary.clone or "shared_layer_bn" in (group.rules or ())
         mine, allowed = set(group.modules), self.vocabulary.may_use(group)
-        search = Search(self.known(audit), mine.__contains__, rules=allowed, restructure=restructure)
+        search = Search(
+            self.known(audit), mine.__contains__, rules=allowed, restructure=restructure, clone=clone
+        )
         waves = search.waves()
         used = {path for wave in waves for step in wave for path in step.paths}
         left = [member.path for member in members if member.path not in used and member.kind != "nothing"]

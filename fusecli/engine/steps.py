@@ -87,7 +87,9 @@ def _together(rewrites: Sequence[Rewrite]) -> Rewrite:
             elif known is not None:
                 continue
             edits[key] = edit
-    return Rewrite(tensors, tuple(edits.values()))
+    # What is still needed for another edit leaves last.
+    ordered = sorted(edits.values(), key=lambda edit: isinstance(edit, Identity | Passed | Zero))
+    return Rewrite(tensors, tuple(ordered))
 
 
 def _wide(path: str, modules: Modules) -> nn.Module:

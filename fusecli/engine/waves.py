@@ -17,6 +17,7 @@ from torch import nn
 from fusecli.algebra import ChannelAffine
 from fusecli.engine.audit import SIZE_ONE
 from fusecli.engine.branches import Branch, Sum, sums
+from fusecli.engine.clones import clones
 from fusecli.engine.decisions import Decision, Group, Member
 from fusecli.engine.known import Known
 from fusecli.engine.maps import Map
@@ -50,6 +51,7 @@ class Search:
     strict: bool = False
     rules: Collection[str] | None = None
     restructure: bool = False
+    clone: bool = False
     refused: dict[str, NotFoldable] = field(default_factory=dict)
     below: dict[str, NotFoldable] = field(default_factory=dict)
     bare: list[str] = field(default_factory=list)
@@ -60,8 +62,10 @@ class Search:
         routes = Routes(self.known.audit, self.known.maps, self.may, self.known.layer_sites, set(gone))
         waves: list[Wave] = []
         # What has left its place may have stood between two others.
-        for found in [[*self._moved(routes, up=True), *self._moved(routes, up=False)]]:
+        while found := [*self._moved(routes, up=True), *self._moved(routes, up=False)]:
             waves += found
+        if self.clone:
+            waves += self._cloned(routes)
         biased = {path for wave in waves for step in wave for path in step.paths}
         changed = {step.paths[1] for wave in waves for step in wave if step.rule.restructures}
         sums = list(self._summed(routes, changed))
@@ -148,6 +152,32 @@ class Search:
                     "dtype",
                     f"{found.path} turns {before} into {after}",
                     remedy="convert it first",
+                )
+
+    def _cloned(self, routes: Routes) -> Iterator[Wave]:
+        """Layers that are called several times, each time with a norm of its own behind them."""
+        for path in self.known.audit.recording.names:
+            layer = self.known.audit.member(path) if path and self.may(path) else None
+            if layer is None or layer.kind not in LAYER_KINDS:
+                continue
+            try:
+                behind = clones(routes, layer, self.known.layer_sites(layer))
+                rule = rule_for("fold_output", (layer.kind, "norm"), self.rules, clones=True)
+            except NotFoldable:
+                continue
+            for found, _ in behind:
+                routes.gone.add(found.path)
+                self.refused.pop(found.path, None)
+            if behind:
+                yield tuple(
+                    Step(
+                        rule,
+                        (
+                            Operand(path, layer.kind),
+                            Operand(found.path, "norm", Route(channels, True, found.affine, found.neutral)),
+                        ),
+                    )
+                    for found, channels in behind
                 )
 
     def _summed(self, routes: Routes, changed: Collection[str]) -> Iterator[Wave]:
@@ -285,12 +315,17 @@ TELLING = ("padding-border", "transposed-shift", "tied-weights")
 
 
 def rule_for(
-    equation: str, kinds: tuple[str, ...], allowed: Collection[str] | None, *, restructures: bool = False
+    equation: str,
+    kinds: tuple[str, ...],
+    allowed: Collection[str] | None,
+    *,
+    restructures: bool = False,
+    clones: bool = False,
 ) -> Rule:
     """The rule of this equation for exactly these kinds; raises NotFoldable where there is none."""
     for rule in all_rules():
-        fits = (rule.equation, rule.restructures, len(rule.pattern)) == (equation, restructures, len(kinds))
-        fits = fits and rule.matches(kinds)
+        fits = (rule.equation, rule.restructures, rule.clones) == (equation, restructures, clones)
+        fits = fits and len(rule.pattern) == len(kinds) and rule.matches(kinds)
         if fits and (allowed is None or rule.name in allowed):
             return rule
     raise NotFoldable("no-rule", f"no rule folds {' -> '.join(kinds)}", remedy="'fusecli rules' lists all")

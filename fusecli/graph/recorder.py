@@ -1,7 +1,7 @@
 """Notes every op of a run below autograd: what it read, what it made, in which module it ran.
 
 Tensors are told apart by storage and layout, not by Python identity: a view, `y.data` and `y.detach()` are
-the memory they look at. The recorder keeps no tensor alive; memory that is alive when the run is over is
+the memory they look at. Only what an nn.Identity gives is told from what it took. The recorder keeps no tensor alive; memory that is alive when the run is over is
 read by somebody.
 """
 
@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
 from fusecli.graph.escapes import Escapes
@@ -58,6 +59,8 @@ class Recorder(TorchDispatchMode):
         self._visits: list[Visit] = []
         self._stack: list[int] = []
         self._memory: dict[Any, Memory] = {}
+        # What an nn.Identity gave: its own value, as long as nothing is written to that memory.
+        self._given_on: Any = WeakTensorKeyDictionary()
         self._names: dict[str, tuple[str, ...]] = {}
         self._owners: dict[Any, set[str]] = {}
         self._written: set[str] = set()
@@ -198,6 +201,8 @@ class Recorder(TorchDispatchMode):
             memory = self._memory.get(key)
             known = memory.current.get(layout_of(tensor)) if memory is not None else None
             if known is not None and (known in made or name not in MOVES - _SAME):
+                if memory is not None and name in _SAME and reads[:1] != (known,):
+                    self._given_on[tensor] = reads[0], memory.latest
                 continue
             value = self._value(tensor, number, "", constant, origins)
             made.append(value)
@@ -231,6 +236,9 @@ class Recorder(TorchDispatchMode):
             value = self._value(tensor, None, name, constant, origins)
             self._memory[key] = Memory(watch, value, {layout: value})
             return key, value
+        own, latest = self._given_on.get(tensor, (None, None))
+        if own is not None and latest == memory.latest:
+            return key, own
         if layout not in memory.current:
             memory.current[layout] = self._seen_again(tensor, layout, memory)
         return key, memory.current[layout]
@@ -261,6 +269,15 @@ class Recorder(TorchDispatchMode):
         makes: tuple[int, ...],
     ) -> None:
         self._calls.append(Call(len(self._calls), op, name, args, kwargs, reads, makes, tuple(self._stack)))
+
+    def _given_by_identity(self, tensor: Tensor) -> Tensor:
+        """The same numbers, but a value of its own: a branch that is an identity is told from its input."""
+        memory = self._memory[self._memory_of(tensor)[0]]
+        before = dict(memory.current)
+        output = tensor.view(tensor.shape)
+        self._given_on[output] = memory.current[layout_of(output)], memory.latest
+        memory.current = before
+        return output
 
     def _know(self, model: nn.Module) -> None:
         """Names the parameters, buffers and other tensors of the model."""
@@ -300,10 +317,8 @@ class Recorder(TorchDispatchMode):
         def leave(_: nn.Module, __: Any, output: Any) -> Any:
             if not self._stack or self._visits[self._stack[-1]].path != path:
                 return None  # a pre-hook of the user has raised before this call began
-            # The same tensor, but a value of its own: a branch that is an identity can be told from its
-            # input.
             if type(module) is nn.Identity and isinstance(output, Tensor) and not output.is_nested:
-                output = output.view(output.shape)
+                output = self._given_by_identity(output)
             number = self._stack.pop()
             visit = self._visits[number]
             gives = tuple(self._memory_of(tensor)[1] for tensor in tensors_in(output))

@@ -17,7 +17,7 @@ from fusecli.graph.memory import same_memory
 from fusecli.jobs.adapter import Adapter, dress
 from fusecli.jobs.fold import Fold, Refused
 from fusecli.outcome import LedgerEntry
-from fusecli.rewrite import Bias, ModuleTree, Rewrite, apply_rewrite
+from fusecli.rewrite import Bias, Identity, ModuleTree, Rewrite, Zero, apply_rewrite
 
 
 def applied(
@@ -98,8 +98,10 @@ def names_of(tree: ModuleTree) -> list[str]:
 
 def new_biases(tree: ModuleTree, rewrites: Iterable[Rewrite]) -> list[LedgerEntry]:
     """Parameters that an optimizer or a freezing loop has not seen before."""
-    edits = (edit for rewrite in rewrites for edit in rewrite.edits if isinstance(edit, Bias))
-    layers = [(edit.path, tree[edit.path]) for edit in edits]
+    edits = [edit for rewrite in rewrites for edit in rewrite.edits]
+    gone = {edit.path for edit in edits if isinstance(edit, Identity | Zero)}
+    given = dict.fromkeys(edit.path for edit in edits if isinstance(edit, Bias) and edit.path not in gone)
+    layers = [(path, tree[path]) for path in given]
     new = [(path, layer) for path, layer in layers if layer._parameters.get("bias") is None]
     return [
         LedgerEntry(

@@ -193,7 +193,9 @@ def vocabulary_of(spec: Spec, consent: Consent) -> Vocabulary:
             treat[load_class(extra.treat or "", consent, folder)] = load_class(
                 extra.as_ or "", consent, folder
             )
-    return Vocabulary(tuple(fusers), treat, _chosen_rules(spec), spec.allow_restructure)
+    return Vocabulary(
+        tuple(fusers), treat, _chosen_rules(spec), spec.allow_restructure, spec.shared == "clone"
+    )
 
 
 def _chosen_rules(spec: Spec) -> frozenset[str] | None:

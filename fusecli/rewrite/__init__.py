@@ -4,6 +4,7 @@ from fusecli.rewrite.apply import apply_edits, apply_rewrite
 from fusecli.rewrite.edits import (
     Bias,
     Bordered,
+    Clone,
     Container,
     Edit,
     Identity,
@@ -24,6 +25,7 @@ __all__ = [
     "MANIFEST_KEY",
     "Bias",
     "Bordered",
+    "Clone",
     "Container",
     "Edit",
     "GroupRecord",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusecli.outcome import LedgerEntry
 from fusecli.rewrite.edits import (
     Bias,
     Bordered,
+    Clone,
     Container,
     Edit,
     Identity,
@@ -35,7 +37,9 @@ def apply_rewrite(tree: ModuleTree, rewrite: Rewrite) -> tuple[LedgerEntry, ...]
     # What a custom fuser returned brings its own tensors, at any depth below its path.
     opaque = tuple(f"{edit.path}." for edit in rewrite.edits if isinstance(edit, Opaque))
     # A module of its own comes before its plain weight, that before its bias, and all before the tensors.
-    early = [edit for edit in rewrite.edits if isinstance(edit, Own | Plain | Resize | Bordered | Bias)]
+    early = [
+        edit for edit in rewrite.edits if isinstance(edit, Own | Plain | Resize | Bordered | Clone | Bias)
+    ]
     lost = _do(tree, early)
     set_tensors(tree, {k: t for k, t in rewrite.tensors.items() if not k.startswith(opaque)})
     return tuple(lost + _do(tree, (edit for edit in rewrite.edits if edit not in early)))
@@ -79,6 +83,12 @@ def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
             conv = tree[path]
             if type(conv) not in (fused.BorderedConv1d, fused.BorderedConv2d, fused.BorderedConv3d):
                 tree.replace(path, fused.bordered(conv))
+        case Clone(path, into):
+            twin = copy.deepcopy(tree[into])
+            _ = list(take_hooks(twin, PRE + POST + BACKWARD))
+            yield from ((path, hook) for hook in take_hooks(tree[path], PRE + BACKWARD))
+            move_hooks(tree[path], twin, POST)
+            _replace(tree, path, twin)
         case Bias(path):
             _add_bias(tree[path])
         case Resize(path, sizes):

@@ -86,6 +86,14 @@ class Bordered:
 
 
 @dataclass(frozen=True)
+class Clone:
+    """In the place of the norm at `path` stands a copy of the layer at `into`, with tensors of its own."""
+
+    path: str
+    into: str
+
+
+@dataclass(frozen=True)
 class Container:
     """`members` move into a fusecli.nn container called `cls` that stands at `path`, the first of them.
 
@@ -119,7 +127,9 @@ class Opaque:
     result: nn.Module | None = field(default=None, compare=False, repr=False)
 
 
-Edit = Own | Bordered | Plain | Resize | Bias | Identity | Passed | Zero | Container | Remainder | Opaque
+Edit = (
+    Own | Bordered | Clone | Plain | Resize | Bias | Identity | Passed | Zero | Container | Remainder | Opaque
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fusecli.nn import is_source
-from fusecli.rewrite.edits import Container, Edit, Identity, Opaque, Passed, Plain, Remainder, Zero
+from fusecli.rewrite.edits import Clone, Container, Edit, Identity, Opaque, Passed, Plain, Remainder, Zero
 
 
 class KeyMap:
@@ -19,6 +19,10 @@ class KeyMap:
         self._plain: set[str] = set()
         for edit in edits:
             match edit:
+                case Clone(path):
+                    # The names of a layer's tensors are names of the norm's; its statistics are gone.
+                    self._moves[path] = None
+                    self._moves |= {key: key for key in (f"{path}.weight", f"{path}.bias")}
                 case Identity(path) | Passed(path) | Zero(path):
                     self._moves[path] = None
                 case Plain(path):
@@ -33,6 +37,8 @@ class KeyMap:
                     self._moves[path] = path
 
     def __call__(self, key: str) -> str | None:
+        if key in self._moves:
+            return self._moves[key]
         path, rest = key, ""
         while path:
             path, _, name = path.rpartition(".")

@@ -13,6 +13,7 @@ from fusecli.outcome import Evidence
 from fusecli.rewrite.edits import (
     Bias,
     Bordered,
+    Clone,
     Container,
     Edit,
     Identity,
@@ -33,7 +34,20 @@ RESIZABLE = (
 )
 _EDITS: dict[str, type[Any]] = {
     cls.__name__.lower(): cls
-    for cls in (Own, Plain, Resize, Bordered, Bias, Identity, Passed, Zero, Container, Remainder, Opaque)
+    for cls in (
+        Own,
+        Plain,
+        Resize,
+        Bordered,
+        Clone,
+        Bias,
+        Identity,
+        Passed,
+        Zero,
+        Container,
+        Remainder,
+        Opaque,
+    )
 }
 
 

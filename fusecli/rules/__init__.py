@@ -31,6 +31,7 @@ class Rule:
 
     equation      which of the four equations of the algebra it is; "none" where nothing is computed
     restructures  whether a layer becomes one of another class: only where the user allows it
+    clones        whether a layer is stored several times: only with `shared: clone`
     """
 
     name: str
@@ -38,6 +39,7 @@ class Rule:
     rewrite: Callable[..., Rewrite]
     equation: str = "fold_output"
     restructures: bool = False
+    clones: bool = False
 
     @property
     def listed(self) -> bool:
@@ -45,7 +47,8 @@ class Rule:
         joined."""
         # The audit of a chain follows what a layer gives; of a norm in front it would believe the list.
         layer_first = "norm" not in self.pattern[0].split("|")
-        return self.equation == "none" or (self.equation == "fold_output" and layer_first)
+        chain = self.equation == "fold_output" and layer_first and not self.clones
+        return self.equation == "none" or chain
 
     def matches(self, kinds: tuple[str, ...]) -> bool:
         """Whether the first members of a group, by their kinds, are what this rule fuses."""
@@ -58,14 +61,14 @@ _RULES: dict[str, Rule] = {}
 
 
 def rule(
-    *pattern: str, equation: str = "fold_output", restructures: bool = False
+    *pattern: str, equation: str = "fold_output", restructures: bool = False, clones: bool = False
 ) -> Callable[[Callable[..., Rewrite]], Callable[..., Rewrite]]:
     """Makes the function below it the rule of its file."""
     if equation not in EQUATIONS:
         raise ValueError(f"{equation!r} is none of {EQUATIONS}")
 
     def register(function: Callable[..., Rewrite]) -> Callable[..., Rewrite]:
-        _RULES[function.__name__] = Rule(function.__name__, pattern, function, equation, restructures)
+        _RULES[function.__name__] = Rule(function.__name__, pattern, function, equation, restructures, clones)
         return function
 
     return register

@@ -17,6 +17,7 @@ from fusecli.nn import container_for
 from fusecli.rewrite import (
     Bias,
     Bordered,
+    Clone,
     Container,
     Edit,
     Identity,
@@ -108,6 +109,11 @@ class Member:
         require(is_exact(self.module), "fixed-size", f"the class of {self.path} is not known")
         border = {f"{self.path}.border": round_once(f.root, self.dtype)}
         return Rewrite(border, (Bordered(self.path),))
+
+    def becomes_copy(self, layer: Member, op: LinearOp) -> Rewrite:
+        """In the norm's place stands a layer like `layer` that computes `op`."""
+        tensors = lowered(self.path, op)
+        return Rewrite(tensors, (Clone(self.path, layer.path), Bias(self.path)))
 
     def becomes_affine(self, f: ChannelAffine) -> Rewrite:
         """The norm computes f: gamma = s sqrt(var + eps), beta = t + mean s; its statistics stay."""

@@ -16,9 +16,12 @@ _TWO_OR_MORE = {
         {"type": "array", "items": {"type": ["string", "number", "boolean", "null"]}, "minItems": 2},
     ]
 }
-# A layer that is baked or adapted may stand alone.
-_BAKED = [
-    {"type": "object", "required": ["bake"], "properties": {"bake": {"const": True}}},
+# A layer that is baked or adapted, or a module that does nothing, may stand alone.
+_ALONE = [
+    *(
+        {"type": "object", "required": [key], "properties": {key: {"const": True}}}
+        for key in ("bake", "remove_idle")
+    ),
     {"type": "object", "required": ["adapter"], "properties": {"adapter": {"type": "object"}}},
 ]
 
@@ -31,7 +34,7 @@ def json_schema() -> dict[str, Any]:
     keys["groups"] = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/Group"}}, names]}
     keys["version"] = {"enum": list(VERSIONS), "default": VERSIONS[-1]}
     keys["qat"] = {"const": False, "default": False}
-    schema["anyOf"] = [*_BAKED, {"type": "object", "properties": {"groups": _TWO_OR_MORE}}]
+    schema["anyOf"] = [*_ALONE, {"type": "object", "properties": {"groups": _TWO_OR_MORE}}]
     parts["FreeValue"] = {}
     parts["InputSpec"]["oneOf"] = [{"required": ["shape"]}, {"required": ["file", "key"]}]
     parts["ExtraMapping"]["oneOf"] = [{"required": ["sequence", "fuser"]}, {"required": ["treat", "as"]}]

@@ -50,13 +50,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "the output": (net(given_back, a=bn(), b=bn()), "multiple-consumers"),
     "an activation between": (
         net(lambda m, x: m.b(relu(m.a(relu(x)))), a=bn(), b=bn()),
-        "no-rule",
+        "no-linear-consumer",
     ),
     "the second is called elsewhere": (net(second_elsewhere, a=bn(), b=bn()), "shared-module"),
     "no weight and bias": (pair(bn(affine=False)), "no-weight"),
     "max-pooling": (
         net(lambda m, x: m.b(F.max_pool2d(m.a(relu(x)), 2)), a=bn(), b=bn()),
-        "no-rule",
+        "no-linear-consumer",
     ),
     "another axis": (
         net(lambda m, x: relu(m.b(m.a(relu(x)).transpose(1, 2))), a=bn(8), b=bn(8)),
