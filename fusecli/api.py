@@ -206,7 +206,7 @@ def fuse(
             *in_train_mode(model),
             *facts.statistics_ledger(source.checkpoint, fold.members),
             *facts.own_ledger(needed(source.owns, fold.decisions)),
-            *facts.caveat_ledger(fold.decisions),
+            *facts.caveat_ledger(fold.decisions, facts.seen(run)),
             *facts.bare_ledger(choice.bare),
             *new_biases(tree, rewrites),
             *lost,

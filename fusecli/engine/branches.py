@@ -57,10 +57,14 @@ def sums(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterat
         readers = recording.readers(root.makes[0])
         if len(readers) == 1 and _adds(recording, readers[0]):
             continue  # part of a larger one
-        tree = _Tree(recording)
-        tree.open(root.makes[0])
+        tree = _Tree(recording, root.makes[0])
+        try:
+            tree.open(tree.root)
+        except RecursionError:
+            continue  # more addends than anybody writes down
         by_entry: dict[int, list[Branch]] = {}
-        for leaf in tree.leaves:
+        # An addend that is there twice counts twice: no layer can take it over as it is.
+        for leaf in (leaf for leaf in tree.leaves if tree.leaves.count(leaf) == 1):
             found = _branch(routes, sites_of, leaf)
             if found is not None:
                 by_entry.setdefault(found.entry, []).append(found)
@@ -73,6 +77,7 @@ def sums(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterat
 @dataclass
 class _Tree:
     recording: Recording
+    root: int
     leaves: list[int] = field(default_factory=list)
     written: list[frozenset[int]] = field(default_factory=list)
 
@@ -80,7 +85,8 @@ class _Tree:
         """Takes the sum that `value` is apart; answers with its addends."""
         call = self.recording.maker(value)
         inner = call is not None and _adds(self.recording, call)
-        if call is None or not inner or (self.leaves and len(self.recording.readers(value)) > 1):
+        shared = value != self.root and len(self.recording.readers(value)) > 1
+        if call is None or not inner or shared:
             self.leaves.append(value)
             return frozenset([value])
         found = [self.open(read) for read in _flowing(self.recording, call)]

@@ -9,7 +9,8 @@ from functools import cached_property
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Member
 from fusecli.engine.inside import applied_as_is, layer_at_work
-from fusecli.engine.maps import Map, norm_map, scales_and_gains
+from fusecli.engine.maps import Map, has_literals, norm_map, scales_and_gains
+from fusecli.engine.sizes import holds_for_other_sizes
 from fusecli.engine.uses import Uses
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.kinds import NORM_KINDS, without_statistics
@@ -53,6 +54,11 @@ class Known:
         for scale in scales_and_gains(recording, self.audit.member):
             try:
                 self.uses.require_single(scale.path, scale.member.module)
+                require(
+                    not has_literals(scale) or holds_for_other_sizes(recording, scale),
+                    "not-affine",
+                    f"{scale.path} scales by a number that may depend on its input",
+                )
                 found.append(scale)
             except NotFoldable as no:
                 refused[scale.path] = no

@@ -18,11 +18,11 @@ from fusecli.algebra import ChannelAffine
 from fusecli.engine.decisions import Member
 from fusecli.engine.inside import norm_at_work, untouched
 from fusecli.errors import NotFoldable, require
-from fusecli.graph.dataflow import Call, Recording, Visit
+from fusecli.graph.dataflow import Call, Recording, Ref, Visit
 from fusecli.graph.kinds import FOLDABLE, NORM_KINDS, is_exact
 from fusecli.graph.labels import along, labels_at
 from fusecli.graph.lift import channel_affine
-from fusecli.graph.ops import AFFINE, GAINS
+from fusecli.graph.ops import AFFINE, GAINS, MOVES
 from fusecli.graph.replay import Replay
 from fusecli.graph.sites import Site, flowing
 
@@ -195,11 +195,12 @@ def _own_affine(recording: Recording, call: Call, first: Call) -> bool:
 
 
 def _can_be_made(recording: Recording, value: int) -> bool:
-    """Whether a constant can be worked out again: no literal, whose numbers a recording does not hold."""
+    """Whether a constant is made of stored tensors alone: the numbers of a literal tensor are not in a
+    recording, and what torch.full or torch.arange made may depend on the size of the input."""
     call = recording.maker(value)
     if call is None:
         return bool(recording.values[value].name)
-    return all(_can_be_made(recording, read) for read in call.reads)
+    return bool(call.reads) and all(_can_be_made(recording, read) for read in call.reads)
 
 
 def _constants(recording: Recording, call: Call) -> list[int]:
@@ -241,8 +242,43 @@ def _scale_or_gain(
     require(len(axes) == 1, "bn-axis", f"{path} scales along different axes")
     result = Map(found.member, sites, axes.pop(), chains, recording)
     if kind == "gain":
+        fleeting = member.module._non_persistent_buffers_set & set(result.origins)
+        require(not fleeting, "not-affine", f"{', '.join(fleeting)} of {path} is in no state dict")
         result.neutral(member.module)
+    alike = len({_written(recording, chain) for chain in chains}) == 1
+    require(alike, "not-affine", f"{path} does not do the same in each of its calls")
     return result
+
+
+def _written(recording: Recording, chain: Sequence[Call]) -> str:
+    """What a chain does, in text: ops, literals, and names in place of tensors."""
+
+    def named(read: int) -> object:
+        value = recording.values[read]
+        call = recording.maker(read)
+        if not value.constant:
+            return "x"
+        return value.name or (call and (call.name, [told(a) for a in call.args]))
+
+    def told(argument: object) -> object:
+        return named(argument.value) if isinstance(argument, Ref) else repr(argument)
+
+    return repr([(call.name, [told(a) for a in call.args], sorted(call.kwargs)) for call in chain])
+
+
+def has_literals(found: Map) -> bool:
+    """Whether numbers that are no tensors take part, also in what the constants are made of."""
+    recording = found.recording
+    assert recording is not None
+    calls = [call for chain in found.chains for call in chain]
+    for call in calls:
+        if call.name in GAINS:
+            continue
+        if any(isinstance(argument, int | float) for argument in call.args) and call.name not in MOVES:
+            return True
+        makers = (recording.maker(read) for read in _constants(recording, call))
+        calls += [maker for maker in makers if maker is not None]
+    return False
 
 
 def _reading(recording: Recording, value: int) -> Iterator[Call]:

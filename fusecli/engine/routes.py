@@ -20,7 +20,7 @@ from fusecli.graph.dataflow import Call, described
 from fusecli.graph.kinds import LAYER_KINDS
 from fusecli.graph.labels import CONFLICT, NOWHERE, along, labels_at
 from fusecli.graph.ops import AVERAGES, JOINS, LAYERS, MOVES, SELECTIONS, SUMS
-from fusecli.graph.sites import Site, adds_bias, weight_of
+from fusecli.graph.sites import Site, adds_bias, reads_through, weight_of
 
 # A per-channel affine map on what goes in is the same map on what comes out, as far as the labels tell.
 COMMUTING = MOVES | SELECTIONS | JOINS | AVERAGES
@@ -49,6 +49,9 @@ class _Arrival:
     value: int
     axis: int
     shifts: bool
+
+
+_Reached = tuple[_Arrival, tuple[int, ...]]
 
 
 @dataclass
@@ -85,13 +88,41 @@ class Routes:
 
     def up(self, found: Map) -> list[Way]:
         """The layers whose outputs the map can be folded into, all of them; raises NotFoldable."""
-        return self._merged([self._up(found, site) for site in found.sites])
+        return self._walked(found, self._up)
 
     def down(self, found: Map) -> list[Way]:
         """The layers whose inputs the map can be folded into: every reader of what it gives."""
-        return self._merged([self._down(found, site) for site in found.sites])
+        return self._walked(found, self._down)
 
-    def _up(self, found: Map, site: Site) -> list[tuple[_Arrival, tuple[int, ...]]]:
+    def _walked(self, found: Map, walk: Callable[[Map, Site], list[_Reached]]) -> list[Way]:
+        for site in found.sites:
+            self._require_unwritten(found, site)
+        try:
+            return self._merged([walk(found, site) for site in found.sites])
+        except RecursionError:
+            reason = f"the way from {found.path} to a layer is too long to be followed"
+            raise NotFoldable("no-linear-producer", reason) from None
+
+    def keeps_dtype(self, call: Call) -> bool:
+        """Whether an op gives the dtype that it takes: a cast rounds or overflows where the map has not
+        been."""
+        values = [self.recording.values[value] for value in (*call.reads, *call.makes)]
+        return len({value.dtype for value in values if not value.constant}) == 1
+
+    def _require_unwritten(self, found: Map, site: Site) -> None:
+        """Guard: nobody writes to what the map takes; once it is gone, what it gives is that memory."""
+        if site.entry is None:
+            return
+        readers = (call for call, _ in reads_through(self.recording, site.entry))
+        writers = [call for call in readers if call.writes and call.number not in site.calls]
+        require(
+            not writers,
+            "multiple-consumers",
+            f"what {found.path} takes is written to in place, and would be what it gives",
+            evidence=described(self.recording, writers),
+        )
+
+    def _up(self, found: Map, site: Site) -> list[_Reached]:
         require(site.entry is not None, "no-linear-producer", "nothing goes into it that is not normalised")
         assert site.entry is not None
         walk = _Upward(self, found)
@@ -109,7 +140,7 @@ class Routes:
             arrivals.append((arrival, channels))
         return arrivals
 
-    def _down(self, found: Map, site: Site) -> list[tuple[_Arrival, tuple[int, ...]]]:
+    def _down(self, found: Map, site: Site) -> list[_Reached]:
         assert site.exit is not None
         walk = _Downward(self, found)
         walk.go(site.exit)
@@ -169,7 +200,7 @@ class Routes:
         found = self.taking(value, call)
         return found[1].exit if found is not None and found[0].path in self.gone else None
 
-    def _merged(self, found: Sequence[Sequence[tuple[_Arrival, tuple[int, ...]]]]) -> list[Way]:
+    def _merged(self, found: Sequence[Sequence[_Reached]]) -> list[Way]:
         """One way for each layer: the same in all of its calls, and in each of them."""
         members: dict[str, Member] = {}
         ways: dict[str, set[tuple[tuple[int, ...], bool]]] = {}
@@ -226,7 +257,9 @@ class _Upward:
             self._arrive_at_layer(layer, call, value, shifts)
             return
         flowing = [read for read in call.reads if not recording.values[read].constant]
-        if call.name in COMMUTING and flowing:
+        # What is joined with a constant is scaled there too, and no layer can take that over.
+        whole = call.name not in JOINS or len(flowing) == len(call.reads)
+        if call.name in COMMUTING and flowing and whole and routes.keeps_dtype(call):
             self.crossed.add(call.number)
             for read in dict.fromkeys(flowing):
                 self.go(read, shifts)
@@ -307,7 +340,7 @@ class _Downward:
                 self._enter_map(*taker)
             elif (layer := self._layer(value, call)) is not None:
                 self._arrive(*layer, value)
-            elif call.name in COMMUTING and call.op is not None:
+            elif call.name in COMMUTING and call.op is not None and self.routes.keeps_dtype(call):
                 self.beside.update(read for read in call.reads if read not in self._seen)
                 for made in call.makes:
                     self.go(made)

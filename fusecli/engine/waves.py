@@ -183,11 +183,13 @@ class Search:
     def _summed(self, routes: Routes, changed: Collection[str]) -> Iterator[Wave]:
         """Branches of one sum, one after the other into the layer that stays; those of another class by now
         stay as they are."""
+        touched = set(changed)
         for found in sums(routes, self.known.layer_sites):
-            if any(branch.member.path in changed for branch in found.branches):
+            if any(branch.member.path in touched for branch in found.branches):
                 continue
             best = max((self._sum(found, base) for base in found.branches), key=len, default=())
             for branch, step in best:
+                touched.update(step.paths)
                 if branch.map is not None:
                     routes.gone.add(branch.member.path)
                 self.refused.pop(branch.member.path, None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusecli.graph.ops import MOVES
+from fusecli.graph.ops import LOOKS, MOVES
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +171,16 @@ class Recording:
                 for value in call.reads:
                     needed[value] = True
         return tuple(alive)
+
+    @cached_property
+    def asked(self) -> tuple[str, ...]:
+        """Where forward has looked at numbers that flow: for others it may go another way."""
+        looks = [
+            call
+            for call in self.calls
+            if call.name in LOOKS and not all(self.values[value].constant for value in call.reads)
+        ]
+        return tuple(dict.fromkeys(map(self.described, looks)))
 
     @cached_property
     def steps(self) -> int:

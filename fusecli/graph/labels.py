@@ -35,7 +35,10 @@ def labels_at(recording: Recording, value: int, seeds: Mapping[int, Tensor | Non
     None where no label arrives. Raises LookupError at an op that does more than move elements or combine
     them one by one.
     """
-    return _Replay(recording, dict(seeds)).at(value)
+    try:
+        return _Replay(recording, dict(seeds)).at(value)
+    except RecursionError:
+        raise LookupError("too many ops in a row") from None
 
 
 @dataclass

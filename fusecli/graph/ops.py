@@ -81,6 +81,8 @@ AVERAGES = frozenset(
 RESHAPES = frozenset(
     f"aten.{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "flatten")
 )
+# What hands a number to Python.
+LOOKS = frozenset({"aten._local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal"})
 # Of several operands, element by element.
 SUMS = frozenset(f"aten.{name}" for name in ("add", "add_"))
 AFFINE = SUMS | frozenset(

@@ -1,8 +1,8 @@
 """Notes every op of a run below autograd: what it read, what it made, in which module it ran.
 
 Tensors are told apart by storage and layout, not by Python identity: a view, `y.data` and `y.detach()` are
-the memory they look at. Only what an nn.Identity gives is told from what it took. The recorder keeps no tensor alive; memory that is alive when the run is over is
-read by somebody.
+the memory they look at. Only what an nn.Identity gives is told from what it took. The recorder keeps no
+tensor alive; memory that is alive when the run is over is read by somebody.
 """
 
 from __future__ import annotations

@@ -120,8 +120,17 @@ def tie_ledger(checkpoint: Checkpoint, kept: Collection[str]) -> list[LedgerEntr
     ]
 
 
-def caveat_ledger(decisions: Iterable[Decision]) -> list[LedgerEntry]:
+def caveat_ledger(decisions: Iterable[Decision], recording: Recording | None) -> list[LedgerEntry]:
     """What the recorded run could not show."""
+    what = "forward looks at numbers here: the folds hold for inputs that make it go the recorded way"
+    asked = recording.asked if recording is not None and not recording.fake else ()
+    return [
+        *(LedgerEntry("assumed", place, what) for place in asked),
+        *_caveats(decisions),
+    ]
+
+
+def _caveats(decisions: Iterable[Decision]) -> list[LedgerEntry]:
     return [
         LedgerEntry("assumed", decision.members[0], caveat)
         for decision in decisions

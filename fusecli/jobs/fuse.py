@@ -274,7 +274,7 @@ class _Job:
             ledger = self.assumed + self.source.ledger + facts.statistics_ledger(checkpoint, fold.members)
             ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
             ledger += facts.own_ledger(needed(self.source.owns, fold.decisions))
-            ledger += facts.caveat_ledger(fold.decisions)
+            ledger += facts.caveat_ledger(fold.decisions, facts.seen(self.run_seen))
             ledger += facts.bare_ledger(choice.bare)
             after = self._after(fold)
             ledger += apply_to_skeleton(fold)

@@ -9,5 +9,5 @@ class Zero(nn.Module):
     """A scalar 0 in the dtype and on the device of what it is given: added to anything, it changes
     nothing."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(())
+    def forward(self, input: Tensor) -> Tensor:
+        return input.new_zeros(())
