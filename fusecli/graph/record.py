@@ -39,7 +39,7 @@ class Run:
     numbers: Callable[[], nn.Module]
     fakes: bool = True
     _biased: dict[frozenset[str], Recording] = field(default_factory=dict, repr=False)
-    _unbiased: dict[type | None, UsageError] = field(default_factory=dict, repr=False)
+    _unbiased: dict[frozenset[Any], UsageError] = field(default_factory=dict, repr=False)
 
     @cached_property
     def recording(self) -> Recording:
@@ -53,15 +53,16 @@ class Run:
         is asked for.
         """
         key = frozenset(layers)
-        alone = type(self.structure.get_submodule(next(iter(layers)))) if len(key) == 1 else None
-        if alone in self._unbiased:
-            raise self._unbiased[alone]
+        kinds = (
+            frozenset(type(self.structure.get_submodule(path)) for path in layers) if len(key) == 1 else key
+        )
+        if kinds in self._unbiased:
+            raise self._unbiased[kinds]
         if key not in self._biased:
             try:
                 self._biased[key] = self._recorded(layers)
             except UsageError as error:
-                if alone is not None:
-                    self._unbiased[alone] = error
+                self._unbiased[kinds] = error
                 raise
         return self._biased[key]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -105,9 +105,10 @@ def far(one: object, other: object) -> float:
     return max(relative(a, b) for a, b in zip(tensors_in(one), tensors_in(other), strict=True))
 
 
-def names_moved(model: nn.Module, fused: nn.Module) -> list[str]:
+def names_moved(model: nn.Module, fused: nn.Module, cloned: Collection[str] = ()) -> list[str]:
     """What a user of `model` would miss in `fused`: its class, and keys of the state dict. Those that are new
-    (but for the bias of a layer), hold another shape, or are gone from a module that has others still."""
+    (but for the bias of a layer), hold another shape, or are gone from a module that has others still; the
+    norms that copies of a shared layer have taken the place of, `cloned`, left out."""
     before, after = model.state_dict(), fused.state_dict()
     holders = {key.rpartition(".")[0] for key in after}
     moved = [type(fused).__qualname__] if type(fused) is not type(model) else []
@@ -116,4 +117,5 @@ def names_moved(model: nn.Module, fused: nn.Module) -> list[str]:
             moved += [key] * (before[key].shape != tensor.shape)
         elif not (key.endswith(".bias") and f"{key[:-4]}weight" in before):
             moved.append(key)
-    return [*moved, *(key for key in before if key not in after and key.rpartition(".")[0] in holders)]
+    moved += [key for key in before if key not in after and key.rpartition(".")[0] in holders]
+    return [key for key in moved if key.rpartition(".")[0] not in cloned]
