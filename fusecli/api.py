@@ -31,7 +31,7 @@ from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.adapter import open_adapter
-from fusecli.jobs.choice import looked, settled
+from fusecli.jobs.choice import Choice, looked, settled
 from fusecli.jobs.fold import Fold, Refused, group_reports, plan_fold
 from fusecli.jobs.in_memory import (
     adapted,
@@ -176,7 +176,8 @@ def fuse(
                 status="nothing to fuse",
                 exit_code=ExitCode.NOTHING,
                 unfused=choice.unfused(),
-                problems=("the dataflow offers nothing to fold" if read.discover else why,),
+                refused=tuple(choice.dropped.values()),
+                problems=(_nothing(read, choice) or why,),
                 model=copied(model),
             )
         rewrites, _ = compute_all(tree, fold.decisions)
@@ -198,7 +199,7 @@ def fuse(
         status=status,
         exit_code=code,
         groups=reports,
-        refused=tuple(no for decision in fold.decisions for no in decision.spared),
+        refused=(*choice.dropped.values(), *(no for d in fold.decisions for no in d.spared)),
         unfused=choice.unfused(fold.decisions),
         verification=verdict,
         ledger=(
@@ -214,6 +215,13 @@ def fuse(
         totals_after=facts.with_ops(facts.totals(facts.layout_of(as_checkpoint(fused)), fused), after),
         model=fused if verdict.judgement is not Judgement.DIFFERENT else None,
     )
+
+
+def _nothing(spec: Spec, choice: Choice) -> str:
+    """Why discovery has left nothing to fuse."""
+    if not spec.discover:
+        return ""
+    return "no group is left that can be fused" if choice.dropped else "the dataflow offers nothing to fold"
 
 
 def plan(
@@ -249,7 +257,7 @@ def plan(
     )
     fold = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
     groups, unfused = choice.groups, choice.unfused(fold.decisions)
-    text = ("bake: true\n" if bake else "") + listing(groups, unfused, names_of(tree))
+    text = ("bake: true\n" if bake else "") + listing(groups, unfused, names_of(tree), choice.idle)
     return Proposal(tuple(group.modules for group in groups), unfused, text, recorded(run))
 
 

@@ -79,7 +79,15 @@ def replay(model: nn.Module, edits: Iterable[Edit], where: str) -> None:
     """Does a manifest's edits; raises UsageError where the model has not got the modules they speak of."""
     try:
         apply_edits(ModuleTree(model), edits)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        IndexError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         raise UsageError(
             Problem(
                 f"its edits do not fit {type(model).__name__}: {error}",

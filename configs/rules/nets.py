@@ -253,3 +253,36 @@ def bake() -> nn.Module:
 def lora() -> nn.Module:
     """The base model: its adapter is a file of its own, adapters/lora.safetensors."""
     return chain(q=nn.Linear(6, 8), act=nn.GELU(), v=nn.Linear(8, 4, bias=False))
+
+
+def bn_conv_border() -> nn.Module:
+    """The norm stands before a convolution that pads zeros."""
+    return chain(act=nn.Sigmoid(), bn=nn.BatchNorm2d(3), conv=nn.Conv2d(3, 4, 3, padding=1, bias=False))
+
+
+def idle() -> nn.Module:
+    return chain(
+        conv=nn.Conv2d(3, 4, 3),
+        act=nn.ReLU(),
+        drop=nn.Dropout2d(0.3),
+        pool=nn.AvgPool2d(1),
+        last=nn.Conv2d(4, 2, 3),
+    )
+
+
+class Shared(nn.Module):
+    """One convolution, applied again and again, each time with a norm of its own behind it (PolyNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.bns = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for bn in self.bns:
+            x = torch.relu(bn(self.conv(x)))
+        return x
+
+
+def shared_layer_bn() -> nn.Module:
+    return Shared()

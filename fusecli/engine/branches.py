@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from fusecli.engine.decisions import Member
 from fusecli.engine.maps import Map
+from fusecli.engine.products import in_identity
 from fusecli.engine.routes import Routes
 from fusecli.errors import NotFoldable
 from fusecli.graph.dataflow import Call, Recording
@@ -48,9 +49,17 @@ class Sum:
         return all(branch.leaf in leaves for leaves in self.written)
 
 
-def sums(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterator[Sum]:
-    """Every sum of the run with several branches from one tensor, or one and the tensor itself, in order."""
-    recording = routes.recording
+@dataclass(frozen=True)
+class Addends:
+    """A sum as it stands in a run. `around`: the modules that its addends were made in."""
+
+    leaves: tuple[int, ...]
+    written: tuple[frozenset[int], ...]
+    around: frozenset[str]
+
+
+def addends(recording: Recording) -> Iterator[Addends]:
+    """Every sum of the run, taken apart."""
     for root in recording.calls:
         if not _adds(recording, root) or not recording.alive[root.number]:
             continue
@@ -62,16 +71,28 @@ def sums(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterat
             tree.open(tree.root)
         except RecursionError:
             continue  # more addends than anybody writes down
+        makers = [call for leaf in tree.leaves if (call := recording.maker(leaf)) is not None]
+        around = frozenset(recording.visits[number].path for call in makers for number in call.visits)
+        yield Addends(tuple(tree.leaves), tuple(tree.written), around)
+
+
+def sums(
+    routes: Routes, found: Iterable[Addends], sites_of: Callable[[Member], Sequence[Site]]
+) -> Iterator[Sum]:
+    """Those sums with several branches from one tensor, or one and the tensor itself, in order."""
+    for tree in found:
+        if not any(routes.may(path) for path in tree.around):
+            continue
         by_entry: dict[int, list[Branch]] = {}
         # An addend that is there twice counts twice: no layer can take it over as it is.
         for leaf in (leaf for leaf in tree.leaves if tree.leaves.count(leaf) == 1):
-            found = _branch(routes, sites_of, leaf)
-            if found is not None:
-                by_entry.setdefault(found.entry, []).append(found)
+            branch = _branch(routes, sites_of, leaf)
+            if branch is not None:
+                by_entry.setdefault(branch.entry, []).append(branch)
         for entry, branches in by_entry.items():
             bare = tree.leaves.count(entry)
             if len({branch.member.path for branch in branches}) > 1 or bare:
-                yield Sum(tuple(branches), bare, tuple(tree.written))
+                yield Sum(tuple(branches), bare, tree.written)
 
 
 @dataclass
@@ -128,7 +149,10 @@ def _branch(routes: Routes, sites_of: Callable[[Member], Sequence[Site]], leaf: 
         if site.entry is None:
             return None
         value = site.entry
-    if value == leaf and (identity := _identity(routes, value)) is not None:
+    inner = _before_identities(routes, value)
+    if inner != value and _layer(routes, inner) is not None:
+        value = inner
+    elif value == leaf and (identity := _identity(routes, value)) is not None:
         entry = recording.values[value].made_by
         assert entry is not None
         alone = len(recording.readers(leaf)) == 1 and routes.may(identity.path)
@@ -167,3 +191,10 @@ def _identity(routes: Routes, value: int) -> Member | None:
     if member is None or type(member.module) is not nn.Identity or len(recording.visits_of(path)) != 1:
         return None
     return member
+
+
+def _before_identities(routes: Routes, value: int) -> int:
+    """What nn.Identity modules were given that gave `value`."""
+    while (call := routes.recording.maker(value)) is not None and in_identity(routes.audit, call):
+        value = call.reads[0]
+    return value

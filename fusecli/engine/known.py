@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
+
 from fusecli.engine.audit import Audit
+from fusecli.engine.branches import Addends, addends
 from fusecli.engine.decisions import Member
 from fusecli.engine.inside import applied_as_is, layer_at_work
 from fusecli.engine.maps import Map, has_literals, norm_map, scales_and_gains
@@ -45,6 +48,8 @@ class Known:
             if member is None or member.kind not in NORM_KINDS:
                 continue
             try:
+                scripted = isinstance(member.module, torch.jit.ScriptModule)
+                require(not scripted, "scripted", f"{path} is a scripted module, which cannot be replaced")
                 missing = without_statistics(member.module)
                 require(missing is None, *(missing or ("no-statistics", "")))
                 self.uses.require_single(path, member.module)
@@ -63,6 +68,10 @@ class Known:
             except NotFoldable as no:
                 refused[scale.path] = no
         return sorted(found, key=lambda found: found.last, reverse=True), refused
+
+    @cached_property
+    def addends(self) -> tuple[Addends, ...]:
+        return tuple(addends(self.audit.recording))
 
     def layer_sites(self, layer: Member) -> Sequence[Site]:
         """Where a layer applies its weight; raises NotFoldable where it cannot be changed."""

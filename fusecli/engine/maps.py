@@ -197,10 +197,16 @@ def _own_affine(recording: Recording, call: Call, first: Call) -> bool:
 def _can_be_made(recording: Recording, value: int) -> bool:
     """Whether a constant is made of stored tensors alone: the numbers of a literal tensor are not in a
     recording, and what torch.full or torch.arange made may depend on the size of the input."""
-    call = recording.maker(value)
-    if call is None:
-        return bool(recording.values[value].name)
-    return bool(call.reads) and all(_can_be_made(recording, read) for read in call.reads)
+    waiting, seen = [value], {value}
+    while waiting:
+        number = waiting.pop()
+        call = recording.maker(number)
+        if not (call.reads if call is not None else recording.values[number].name):
+            return False
+        fresh = {read for read in call.reads if read not in seen} if call is not None else set()
+        seen |= fresh
+        waiting += fresh
+    return True
 
 
 def _constants(recording: Recording, call: Call) -> list[int]:
@@ -215,15 +221,14 @@ def _scale_or_gain(
     visits = recording.visits_of(path)
     once = [visit.number for visit, _ in places] == [visit.number for visit in visits]
     require(once, "not-affine", f"{path} does not scale and shift once in each call")
-    sites = tuple(
-        Site(
-            path, turn, frozenset(call.number for call in chain), _entry(recording, chain), chain[-1].makes[0]
-        )
-        for turn, (_, chain) in enumerate(places)
-    )
+    sites = _sites(recording, path, [chain for _, chain in places])
     whole = all(_is_all(visit, site) for (visit, _), site in zip(places, sites, strict=True))
-    kind = "scale" if whole else "gain"
     chains = tuple(chain for _, chain in places)
+    if not whole:
+        # A number before or behind the gain is no part of it: it stays.
+        chains = tuple(_without_ends(recording, chain) for chain in chains)
+        sites = _sites(recording, path, chains)
+    kind = "scale" if whole else "gain"
     found = Map(Member(path, member.module, kind), sites, 0, chains, recording)
     require(len({o.rpartition(".")[2] for o in found.origins}) == len(found.origins), "not-affine", path)
     names = {f"{path}.{name}" for name in found.origins}
@@ -238,6 +243,8 @@ def _scale_or_gain(
             == 0
         )
         require(held, "shared-weight", f"{name} is read by more than its scale")
+    floating = all(recording.values[site.exit or 0].dtype.is_floating_point for site in sites)
+    require(floating, "dtype", f"{path} scales what are no floating-point numbers")
     axes = {_axis(recording, chain, site) for chain, site in zip(chains, sites, strict=True)}
     require(len(axes) == 1, "bn-axis", f"{path} scales along different axes")
     result = Map(found.member, sites, axes.pop(), chains, recording)
@@ -279,6 +286,21 @@ def has_literals(found: Map) -> bool:
         makers = (recording.maker(read) for read in _constants(recording, call))
         calls += [maker for maker in makers if maker is not None]
     return False
+
+
+def _sites(recording: Recording, path: str, chains: Sequence[tuple[Call, ...]]) -> tuple[Site, ...]:
+    return tuple(
+        Site(
+            path, turn, frozenset(call.number for call in chain), _entry(recording, chain), chain[-1].makes[0]
+        )
+        for turn, chain in enumerate(chains)
+    )
+
+
+def _without_ends(recording: Recording, chain: tuple[Call, ...]) -> tuple[Call, ...]:
+    """From the first to the last op that has a tensor of the module's own."""
+    own = [number for number, call in enumerate(chain) if _constants(recording, call)]
+    return chain[own[0] : own[-1] + 1]
 
 
 def _reading(recording: Recording, value: int) -> Iterator[Call]:

@@ -59,13 +59,16 @@ class _Planner:
         for group in groups:
             modules = [self.tree[path] for path in group.modules]
             kinds = [self.vocabulary.kind(module) for module in modules]
-            if _is_fused(modules) or (group.modules in earlier and not any(map(is_norm, modules))):
+            if group.modules in earlier and not any(map(is_norm, modules)):
                 done.append(group)
                 continue
             slip = None if self.vocabulary.fuser(modules) else _wrong_order(group, kinds)
             try:
                 decided.append(self._decide(group, modules))
             except NotFoldable as no:
+                if _is_fused(modules):
+                    done.append(group)
+                    continue
                 # With a run at hand it may be a norm that feeds a layer, and be refused for another reason.
                 if slip and not self._runs_so(group):
                     slips.append(slip)
@@ -97,11 +100,27 @@ class _Planner:
         if self.audit is not None and group.modules[1:] == () and group.modules[0] in self._idle:
             return idle_decision(self.audit, group), None
         try:
-            return self._chain(group, members)
+            decision, found = self._chain(group, members)
         except NotFoldable as no:
             if self.audit is None or not self.audit.ran(group):
                 raise
             return self._wide(self.audit, group, members, no), None
+        if found is not None and (whole := self._with_the_kept(decision, members)) is not None:
+            return whole, None
+        return decision, found
+
+    def _with_the_kept(self, chain: Decision, members: Sequence[Member]) -> Decision | None:
+        """A decision that takes what a chain would leave where it is: a scale behind it, an identity beside
+        it."""
+        assert self.audit is not None
+        kept = [member for member in members if member.path in chain.kept]
+        if not any(type(m.module) is nn.Identity or m.kind not in ("relu", "nothing") for m in kept):
+            return None
+        try:
+            whole = self._wide(self.audit, chain.group, members, NotFoldable("no-rule", ""))
+        except NotFoldable:
+            return None
+        return whole if len(whole.members) > len(chain.members) else None
 
     def _wide(self, audit: Audit, group: Group, members: Sequence[Member], no: NotFoldable) -> Decision:
         """The decision for members that are no chain; raises the more telling of two refusals, of which `no`

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from torch import nn
+
+from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Member
 from fusecli.engine.routes import Routes
 from fusecli.errors import NotFoldable
+from fusecli.graph.dataflow import Call
 from fusecli.graph.kinds import LAYER_KINDS
 from fusecli.graph.sites import Site
 
@@ -21,15 +25,24 @@ def rows(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterat
         value = visit.gives[0]
         while len(readers := recording.readers(value)) == 1:
             after = routes.taking(value, readers[0])
-            if after is None or after[0].path not in routes.gone or after[1].exit is None:
+            if after is not None and after[0].path in routes.gone and after[1].exit is not None:
+                value = after[1].exit
+            elif in_identity(routes.audit, readers[0]):
+                value = readers[0].makes[0]
+            else:
                 break
-            value = after[1].exit
         inside = [recording.visits[number] for call in readers[:1] for number in call.visits]
-        following = next((v for v in inside if v.takes == (value,) and v.path and v.plain), None)
-        if len(readers) == 1 and following is not None:
-            second = routes.audit.member(following.path)
-            if _usable(routes, second, sites_of):
-                yield first, second
+        taking = [v for v in inside if v.takes == (value,) and v.path and v.plain]
+        following = (routes.audit.member(visit.path) for visit in taking)
+        second = next((member for member in following if member.kind in LAYER_KINDS), None)
+        if len(readers) == 1 and second is not None and _usable(routes, second, sites_of):
+            yield first, second
+
+
+def in_identity(audit: Audit, call: Call) -> bool:
+    """Whether an op is what an nn.Identity does: it gives what it takes."""
+    path = audit.recording.inside(call)
+    return bool(path) and type(audit.member(path).module) is nn.Identity
 
 
 def _usable(routes: Routes, layer: Member, sites_of: Callable[[Member], Sequence[Site]]) -> bool:

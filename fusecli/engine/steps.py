@@ -104,13 +104,12 @@ def _wide(path: str, modules: Modules) -> nn.Module:
 
 
 def _rounded(key: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
-    """In the dtype that the tensor has, or for a new bias that of the weight beside it."""
+    """In the dtype that the tensor has, or if it is new that of the weight beside it, or of another one."""
     path, _, name = key.rpartition(".")
     module = modules[path]
-    old: Tensor | None = module._parameters.get(name)
-    old = module._buffers.get(name) if old is None else old
-    old = module._parameters.get("weight") if old is None else old
-    assert old is not None
+    beside = [module._parameters.get(name), module._buffers.get(name), module._parameters.get("weight")]
+    others = (other._parameters.get("weight") for other in modules.values())
+    old = next(tensor for tensor in (*beside, *others) if tensor is not None)
     return round_once(tensor, old.dtype) if tensor.dtype is torch.float64 else tensor.to(old.dtype)
 
 

@@ -184,7 +184,7 @@ class Search:
         """Branches of one sum, one after the other into the layer that stays; those of another class by now
         stay as they are."""
         touched = set(changed)
-        for found in sums(routes, self.known.layer_sites):
+        for found in sums(routes, self.known.addends, self.known.layer_sites):
             if any(branch.member.path in touched for branch in found.branches):
                 continue
             best = max((self._sum(found, base) for base in found.branches), key=len, default=())
@@ -247,30 +247,40 @@ class Search:
         return Route(channels, True, found.affine, found.neutral, found.calls)
 
     def _multiplied(self, routes: Routes, biased: Collection[str], summed: Collection[str]) -> Iterator[Wave]:
-        """Layers in a row; one that is part of a sum stays, and so does one that is part of another row."""
-        taken = set(summed)
-        for first, second in rows(routes, self.known.layer_sites):
-            if {first.path, second.path} & taken:
+        """Layers in a row, each into the first that it follows; one that is part of a sum stays."""
+        first_of: dict[str, str] = {}
+        biased = set(biased)
+        work: dict[str, nn.Module] = {}  # what the layers are by then, without numbers
+        for one, second in rows(routes, self.known.layer_sites):
+            first = self.known.audit.member(first_of.get(one.path, one.path))
+            if {first.path, second.path} & set(summed):
                 continue
+            for member in (first, second):
+                work.setdefault(member.path, on_meta(member.module))
             try:
-                step = self._product(first, second, first.path in biased)
+                step = self._product(first, second, work, biased)
             except NotFoldable as no:
                 self.refused.setdefault(second.path, no)
                 continue
-            taken |= {first.path, second.path}
+            first_of[second.path] = first.path
+            biased.update([first.path] if second.path in biased else [])
             yield (step,)
 
-    def _product(self, first: Member, second: Member, biased: bool) -> Step:
+    def _product(
+        self, first: Member, second: Member, work: dict[str, nn.Module], biased: Collection[str]
+    ) -> Step:
         rule = rule_for("compose", (first.kind, second.kind), self.rules)
         outer = linear_op(second.module, transposed=False)
-        bias = biased or first.module._parameters.get("bias") is not None
+        bias = first.path in biased or work[first.path]._parameters.get("bias") is not None
         require(
             not bias or outer.pointwise or not outer.geometry.zero_bordered,
             "padding-border",
             f"{second.path} pads with zeros, not with the bias of {first.path}",
         )
         step = Step(rule, (Operand(first.path, first.kind), Operand(second.path, second.kind)))
-        step.rewrite({m.path: on_meta(m.module) for m in (first, second)})
+        tree = ModuleTree(plant({path: work[path] for path in step.paths}))
+        apply_rewrite(tree, step.rewrite(tree.modules))
+        work[first.path] = tree[first.path]
         return step
 
 

@@ -27,6 +27,7 @@ from fusecli.jobs.source import Source, dressed, planted, source_of
 from fusecli.jobs.verdicts import judged, recorded, strictly
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
 from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, ModuleTree, Opaque, Own, Plain, Remainder
+from fusecli.rules import all_rules
 from fusecli.spec import Spec
 
 _STATUS = {
@@ -111,6 +112,8 @@ def _structure(
         if source.build is not None:
             return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
+    known = {rule.name for rule in all_rules() if rule.listed} | {"bake", "lora"}
+    blind += [group.modules[0] for group in manifest.groups if not rules_in(group.rule) <= known]
     blind += bakes.keys() - _adapted(source).keys()
     if blind:
         what = f"{', '.join(blind[:3])} cannot be judged without the model's code"

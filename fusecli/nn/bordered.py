@@ -18,24 +18,24 @@ else:
 
 
 class _Bordered(_Conv):
-    """Pads x [n, c, *spatial] with `border` [c], then convolves; padding is what it was."""
+    """Pads x [n, c, *spatial] or [c, *spatial] with `border` [c], then convolves; padding is what it was."""
 
     border: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         margins = self._reversed_padding_repeated_twice  # from the last axis backwards, before and after
-        sizes = list(input.shape)
+        sizes, rank = list(input.shape), weight.ndim - 2  # with a batch in front, or without
         inner: list[slice] = [slice(None)] * len(sizes)
-        for axis in range(len(sizes) - 2):
+        for axis in range(rank):
             before, after = margins[2 * axis : 2 * axis + 2]
             size = sizes[-1 - axis]
             inner[-1 - axis] = slice(before, before + size)
             sizes[-1 - axis] = before + size + after
-        per_channel = self.border.view(-1, *[1] * (len(sizes) - 2))
+        per_channel = self.border.view(-1, *[1] * rank)
         padded = per_channel.to(input.dtype).expand(sizes).clone()
         padded[tuple(inner)] = input
-        run = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}[len(sizes)]
+        run = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[rank - 1]
         out: Tensor = run(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
         return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +31,10 @@ from fusecli.rewrite.edits import (
 )
 from fusecli.rewrite.hooks import BACKWARD, POST, PRE, move_hooks, take_hooks
 from fusecli.rewrite.tree import ModuleTree
+
+# A manifest may come from anybody: a kernel that grew or a product of two layers is not larger than this, in
+# elements or in times of what was there.
+_ROOM, _ROOM_TIMES = 1 << 24, 1 << 10
 
 
 def apply_rewrite(tree: ModuleTree, rewrite: Rewrite) -> tuple[LedgerEntry, ...]:
@@ -179,4 +184,6 @@ def _resize(layer: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> None:
     for name, size in (("weight", shape), ("bias", (outputs,))):
         old = layer._parameters.get(name)
         if old is not None and old.shape != size:
+            if math.prod(size) > max(_ROOM, _ROOM_TIMES * old.numel()):
+                raise ValueError(f"a {name} of {list(size)} is no resized one of {list(old.shape)}")
             layer._parameters[name] = nn.Parameter(old.new_empty(size), old.requires_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -32,6 +33,7 @@ RESIZABLE = (
     *("in_channels", "out_channels", "in_features", "out_features"),
     *("kernel_size", "stride", "padding", "dilation"),
 )
+_KINDS = {"linear"} | {f"conv{way}{rank}d" for way in ("", "_transpose") for rank in (1, 2, 3)}
 _EDITS: dict[str, type[Any]] = {
     cls.__name__.lower(): cls
     for cls in (
@@ -166,8 +168,34 @@ def _group_from_dict(document: dict[str, Any]) -> GroupRecord:
         rule=str(document["rule"]),
         evidence=Evidence(document["evidence"]),
         kept=_names(document["kept"]),
-        hints=dict(document["hints"]),
+        hints=_hints(document["hints"]),
     )
+
+
+def _hints(values: Any) -> dict[str, Any]:
+    """What a layer and a norm may be told to be: their kind, whole numbers, an eps."""
+    readers = {"kind": _is_text, "groups": _is_count, "stride": _is_stride, "eps": _is_eps}
+    hints = dict(values)
+    for name, value in hints.items():
+        if name not in readers or not readers[name](value):
+            raise ValueError(f"the hint {name!r} is {value!r}")
+    return hints
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value in _KINDS
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_stride(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= 3 and all(map(_is_count, value))
+
+
+def _is_eps(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _names(values: Any) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 
 from torch import nn
@@ -32,13 +33,15 @@ class ModuleTree:
     @property
     def rules_of_groups(self) -> dict[tuple[str, ...], str]:
         """Those groups, each with its rules, joined by "+"."""
-        return dict(self.model.__dict__.get(_GROUPS, {}))
+        noted = self.model.__dict__.get(_GROUPS)
+        return {tuple(group): rule for group, rule in json.loads(noted)} if noted else {}
 
     def note_groups(self, groups: Mapping[tuple[str, ...], str], *, custom: bool) -> None:
         """Adds to `fused_groups`, unless custom fusers took part, now or before."""
-        state = self.model.__dict__
-        earlier = state.get(_GROUPS)
-        state[_GROUPS] = {} if custom or earlier == {} else {**(earlier or {}), **groups}
+        state, earlier = self.model.__dict__, self.rules_of_groups
+        known = {} if custom or state.get(_GROUPS) == "" else {**earlier, **groups}
+        # Text, which torch.jit.script takes as an attribute. Empty: names do not tell all that was done.
+        state[_GROUPS] = json.dumps([[list(group), rule] for group, rule in known.items()]) if known else ""
 
     @property
     def own_copies(self) -> tuple[str, ...]:

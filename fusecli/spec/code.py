@@ -30,16 +30,17 @@ class Model(Part):
     kwargs: Section[dict[str, FreeValue]] = Field(default_factory=dict)
 
 
-def _two_or_more(sequence: tuple[str, ...]) -> tuple[str, ...]:
-    if len(sequence) < 2:
-        raise problem("a sequence needs at least two classes", "for example [torch.nn.Conv2d, pkg.mod.Norm]")
+def _not_empty(sequence: tuple[str, ...]) -> tuple[str, ...]:
+    if not sequence:
+        raise problem("this sequence is empty", "for example [torch.nn.Conv2d, pkg.mod.Norm]")
     return sequence
 
 
 class ExtraMapping(Part):
-    """{sequence, fuser}: code that fuses these classes; {treat, as}: a class that behaves like another."""
+    """{sequence, fuser}: code that fuses these classes, or one that fuses itself; {treat, as}: a class that
+    behaves like another."""
 
-    sequence: Maybe[Annotated[Listed[ClassName], AfterValidator(_two_or_more)]] = None
+    sequence: Maybe[Annotated[Listed[ClassName], AfterValidator(_not_empty)]] = None
     fuser: Maybe[Code] = None
     treat: Maybe[ClassName] = None
     as_: Maybe[ClassName] = Field(default=None, alias="as")

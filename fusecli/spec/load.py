@@ -75,11 +75,20 @@ def _validated(root: Node, findings: list[Finding], origin: Origin) -> Spec:
 
 
 def _may_stand_alone(content: object) -> bool:
-    """Whether something is done to a layer by itself, so that a group may have one name."""
+    """Whether something is done to a module by itself, so that a group may have one name."""
     if not isinstance(content, dict):
         return False
     asked = (content.get("bake"), content.get("remove_idle"))
-    return any(said in (True, "true", "True", "TRUE") for said in asked) or bool(content.get("adapter"))
+    if any(said in (True, "true", "True", "TRUE") for said in asked) or content.get("adapter"):
+        return True
+    mappings = content.get("extra_mappings")
+    return isinstance(mappings, list | tuple) and any(map(_takes_one, mappings))
+
+
+def _takes_one(mapping: object) -> bool:
+    """Whether an extra mapping is a fuser for one class."""
+    sequence = mapping.get("sequence") if isinstance(mapping, dict) else None
+    return isinstance(sequence, list | tuple) and len(sequence) == 1
 
 
 def _one_group_is_a_list_of_groups(root: Node) -> Node:

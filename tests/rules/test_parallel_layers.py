@@ -106,7 +106,7 @@ def test_equal_strides_are_fine() -> None:
 
 def test_a_partial_sum_that_is_read() -> None:
     """Were b and c silent and all three in a, the product would be that of twice the whole sum."""
-    left(wired(partial_sum_read, c=conv()), X)
+    assert [g.modules for g in fused(wired(partial_sum_read, c=conv()), X).groups] == [("a", "b")]
 
 
 def test_one_layer_added_to_itself() -> None:
