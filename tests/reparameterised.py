@@ -86,7 +86,7 @@ class ACBlock(nn.Module):
 
 
 class DiverseBranchBlock(nn.Module):
-    """3x3, 1x1, and 1x1 before 3x3: that one pads before its norm, so that the border is the norm of zeros."""
+    """3x3, 1x1, and 1x1 before 3x3: that one pads first, so that the border is the norm of zeros."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -133,6 +133,40 @@ class BareResidualBlock(ResidualBlock):
         return torch.relu(x + self.scale(self.branch(x)))
 
 
+class Deployable(nn.Module):
+    """Knows itself how to become one convolution, as RepVGG and MobileOne publish it."""
+
+    off = 0.0
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+        self.reparam: nn.Conv2d | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.a(x) + self.b(x) if self.reparam is None else self.reparam(x))
+
+    def switch_to_deploy(self) -> None:
+        layer, (a, b) = nn.Conv2d(self.a.in_channels, self.a.out_channels, 3, padding=1), (self.a, self.b)
+        weight = a.weight.detach() + nn.functional.pad(b.weight.detach(), [1, 1, 1, 1])
+        assert a.bias is not None
+        assert b.bias is not None
+        layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(a.bias + b.bias + self.off)
+        self.reparam = layer
+        del self.a, self.b
+
+
+class WronglyDeployable(Deployable):
+    off = 0.01
+
+
+def deploy(is_qat: bool, block: Any) -> nn.Module:
+    """A fuser for one class: what its authors wrote does the work."""
+    block.switch_to_deploy()
+    result: nn.Module = block
+    return result
+
+
 Make = Callable[[], nn.Module]
 # Blocks that one convolution can stand for.
 BLOCKS: dict[str, Make] = {
@@ -146,8 +180,6 @@ BLOCKS: dict[str, Make] = {
     "replk": lambda: RepLKBlock(WIDTH),
     "acnet": lambda: ACBlock(WIDTH, 6),
     "acnet, stride 2": lambda: ACBlock(WIDTH, WIDTH, stride=2),
-    "dbb": lambda: DiverseBranchBlock(WIDTH, 6),
-    "dbb, stride 2": lambda: DiverseBranchBlock(WIDTH, WIDTH, stride=2),
     "residual": lambda: ResidualBlock(WIDTH),
 }
 NETWORKS: dict[str, Make] = {
@@ -158,6 +190,8 @@ NETWORKS: dict[str, Make] = {
         MobileOneBlock(3, 4, stride=2), MobileOneBlock(4, 4, groups=4), MobileOneBlock(4, 6, count=1)
     ),
     "residual": lambda: nn.Sequential(conv_bn(3, 4, 3), ResidualBlock(4), BareResidualBlock(4)),
+    "deployable": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Deployable(4), nn.ReLU(), Deployable(4)),
+    "wrongly deployable": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), WronglyDeployable(4)),
 }
 
 

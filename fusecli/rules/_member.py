@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fusecli.algebra import ChannelAffine, LinearOp, round_once
+from fusecli.algebra import ChannelAffine, LinearOp, fold_input, fold_output, round_once
 from fusecli.errors import require
 from fusecli.graph.kinds import is_exact
 from fusecli.graph.lift import adapter_of, channel_affine, linear_op, lowered, sizes_of
@@ -99,6 +99,14 @@ class Member:
         if (op.geometry, op.weight.shape) != (self.op.geometry, self.op.weight.shape):
             edits = (Resize(self.path, tuple(sizes_of(op, self.path, self.module).items())), *edits)
         return Rewrite(lowered(self.path, op), edits)
+
+    def followed_by(self, f: Member, *, last: bool = True) -> Rewrite:
+        """f . W: the layer computes what `f` makes of its output, and `f` is gone."""
+        return self.becomes(fold_output(self.op, f.affine, self.dtype)) + f.absorbed_into(self, last=last)
+
+    def preceded_by(self, f: Member) -> Rewrite:
+        """W . f: the layer computes what it makes of the output of `f`, and `f` is gone."""
+        return self.becomes(fold_input(self.op, f.affine, self.dtype)) + f.passed_to(self)
 
     def computes(self, op: LinearOp) -> Rewrite:
         """As `becomes`, for a layer whose own padding is no part of `op`."""

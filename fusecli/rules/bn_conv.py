@@ -13,7 +13,6 @@ After           Identity -> conv (weight, bias)
 
 from __future__ import annotations
 
-from fusecli.algebra import fold_input
 from fusecli.rewrite import Rewrite
 from fusecli.rules import rule
 from fusecli.rules._member import Member
@@ -21,4 +20,4 @@ from fusecli.rules._member import Member
 
 @rule("norm", "conv|conv_transpose", equation="fold_input")
 def bn_conv(norm: Member, conv: Member) -> Rewrite:
-    return conv.becomes(fold_input(conv.op, norm.affine, conv.dtype)) + norm.passed_to(conv)
+    return conv.preceded_by(norm)

@@ -13,7 +13,6 @@ After           Identity -> linear (weight, bias)
 
 from __future__ import annotations
 
-from fusecli.algebra import fold_input
 from fusecli.rewrite import Rewrite
 from fusecli.rules import rule
 from fusecli.rules._member import Member
@@ -21,4 +20,4 @@ from fusecli.rules._member import Member
 
 @rule("norm", "linear", equation="fold_input")
 def bn_linear(norm: Member, linear: Member) -> Rewrite:
-    return linear.becomes(fold_input(linear.op, norm.affine, linear.dtype)) + norm.passed_to(linear)
+    return linear.preceded_by(norm)

@@ -13,7 +13,6 @@ After           conv (weight, bias) -> Identity
 
 from __future__ import annotations
 
-from fusecli.algebra import fold_output
 from fusecli.rewrite import Rewrite
 from fusecli.rules import rule
 from fusecli.rules._member import Member
@@ -21,4 +20,4 @@ from fusecli.rules._member import Member
 
 @rule("conv", "norm")
 def conv_bn(conv: Member, norm: Member) -> Rewrite:
-    return conv.becomes(fold_output(conv.op, norm.affine, conv.dtype)) + norm.absorbed_into(conv)
+    return conv.followed_by(norm)

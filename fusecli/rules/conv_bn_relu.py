@@ -10,7 +10,6 @@ After           ConvReLU (0.weight, 0.bias: the keys move below ".0") -> Identit
 
 from __future__ import annotations
 
-from fusecli.algebra import fold_output
 from fusecli.rewrite import Rewrite
 from fusecli.rules import rule
 from fusecli.rules._member import Member
@@ -18,5 +17,4 @@ from fusecli.rules._member import Member
 
 @rule("conv", "norm", "relu")
 def conv_bn_relu(conv: Member, norm: Member, relu: Member) -> Rewrite:
-    folded = conv.becomes(fold_output(conv.op, norm.affine, conv.dtype))
-    return folded + norm.absorbed_into(conv, last=False) + conv.contained_with(relu)
+    return conv.followed_by(norm, last=False) + conv.contained_with(relu)

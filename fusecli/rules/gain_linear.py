@@ -13,7 +13,6 @@ After           norm (weight of ones[, bias of zeros]) -> q, k, v (weight[, bias
 
 from __future__ import annotations
 
-from fusecli.algebra import fold_input
 from fusecli.rewrite import Rewrite
 from fusecli.rules import rule
 from fusecli.rules._member import Member
@@ -21,4 +20,4 @@ from fusecli.rules._member import Member
 
 @rule("scale|gain", "conv|conv_transpose|linear", equation="fold_input")
 def gain_linear(gain: Member, layer: Member) -> Rewrite:
-    return layer.becomes(fold_input(layer.op, gain.affine, layer.dtype)) + gain.passed_to(layer)
+    return layer.preceded_by(gain)

@@ -12,7 +12,6 @@ After           layer (weight[, bias]) -> Identity; of a module that does more, 
 
 from __future__ import annotations
 
-from fusecli.algebra import fold_output
 from fusecli.rewrite import Rewrite
 from fusecli.rules import rule
 from fusecli.rules._member import Member
@@ -20,4 +19,4 @@ from fusecli.rules._member import Member
 
 @rule("conv|conv_transpose|linear", "scale|gain")
 def layer_scale(layer: Member, scale: Member) -> Rewrite:
-    return layer.becomes(fold_output(layer.op, scale.affine, layer.dtype)) + scale.absorbed_into(layer)
+    return layer.followed_by(scale)

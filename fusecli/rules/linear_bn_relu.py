@@ -10,7 +10,6 @@ After           LinearReLU (0.weight, 0.bias: the keys move below ".0") -> Ident
 
 from __future__ import annotations
 
-from fusecli.algebra import fold_output
 from fusecli.rewrite import Rewrite
 from fusecli.rules import rule
 from fusecli.rules._member import Member
@@ -18,5 +17,4 @@ from fusecli.rules._member import Member
 
 @rule("linear", "norm", "relu")
 def linear_bn_relu(linear: Member, norm: Member, relu: Member) -> Rewrite:
-    folded = linear.becomes(fold_output(linear.op, norm.affine, linear.dtype))
-    return folded + norm.absorbed_into(linear, last=False) + linear.contained_with(relu)
+    return linear.followed_by(norm, last=False) + linear.contained_with(relu)

@@ -26,7 +26,8 @@ class GroupSpec(Part):
     """One entry of `groups`: names or patterns in the order of the dataflow.
 
     kind, groups, eps and stride describe the first layer and its norm where no module can be asked.
-    A single stride stands for all dimensions. A single name is a layer that is baked and not folded, or a module that a fuser of its own takes.
+    A single stride stands for all dimensions. A single name is a layer that is baked and not folded, or a
+    module that a fuser for its class takes.
     """
 
     modules: Listed[Pattern]

@@ -130,9 +130,13 @@ REFUSED = {
         "extra_mappings:\n- {treat: a.B, as: c.D, fuser: 'e:f'}",
         "2:3: an extra mapping is a sequence",
     ),
-    "short sequence": (
-        "extra_mappings:\n- {sequence: [a.B], fuser: 'e:f'}",
-        "2:4: a sequence needs at least two classes",
+    "empty sequence": (
+        "extra_mappings:\n- {sequence: [], fuser: 'e:f'}",
+        "2:4: this sequence is empty",
+    ),
+    "a name alone, and no fuser for one class": (
+        "groups: [[block]]\nextra_mappings:\n- {sequence: [a.B, a.C], fuser: 'e:f'}",
+        "1:10: a group needs at least two names",
     ),
     "bare class": (
         "extra_mappings:\n- {treat: MyNorm, as: torch.nn.BatchNorm2d}",
