@@ -82,7 +82,7 @@ class ACBlock(nn.Module):
         self.branches = nn.ModuleList(conv_bn(inputs, outputs, k, stride) for k in (3, (1, 3), (3, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(sum([branch(x) for branch in self.branches]))  # type: ignore[arg-type]
+        return torch.relu(sum([branch(x) for branch in self.branches]))
 
 
 class DiverseBranchBlock(nn.Module):

@@ -212,13 +212,13 @@ def write_spec(network: str, block: str, *groups: list[str]) -> tuple[str, ...]:
     """A spec in which blocks of one class are deployed by their own method; the words to use it."""
     spec = {
         "version": 1,
-        "model": {"factory": "net.py:build", "kwargs": {"network": network}},
+        "model": {"factory": "tests.reparameterised:build", "kwargs": {"network": network}},
         "inputs": [{"shape": list(PICTURES.shape)}],
         "groups": list(groups),
-        "extra_mappings": [{"sequence": [f"net.{block}"], "fuser": "net.py:deploy"}],
+        "extra_mappings": [{"sequence": [f"tests.reparameterised.{block}"], "fuser": "net.py:deploy"}],
     }
     Path("fuse.yaml").write_text(json.dumps(spec))
-    return ("--spec", "fuse.yaml", "--allow-code", "net.py", "--allow-code", "net")
+    return ("--spec", "fuse.yaml", "--allow-code", "net.py", "--allow-code", "tests")
 
 
 class TestAClassThatDeploysItself:
@@ -233,7 +233,7 @@ class TestAClassThatDeploysItself:
         ]
         assert all(group["float64_error"] < 1e-9 for group in ended.report["groups"])
         assert cli("verify", "model.pt", FUSED, *words).code == 0
-        fused: Any = fusecli.load_fused(build("deployable"), FUSED, allow_code=["net.py", "net"])
+        fused: Any = fusecli.load_fused(build("deployable"), FUSED, allow_code=["net.py"])
         assert ops(fused, PICTURES)["aten.convolution"] == 3
         assert relative_error(fused(PICTURES), float64(model)(PICTURES.double())) < 1e-5
 
