@@ -119,7 +119,8 @@ class Audit:
         shown = not custom and applied_as_is(self.recording, first.path, firsts)
         visits = [visit for member in members for visit in self.recording.visits_of(member.path)]
         odd = not all(visit.plain and len(visit.takes) == len(visit.gives) == 1 for visit in visits)
-        caveats = (*self._caveats(passes), *self._alternatives(others[0]))
+        norms = (caveat for norm in others[:1] for caveat in self._alternatives(norm))
+        caveats = (*self._caveats(passes), *norms)
         return Found(passes, reached_by, caveats, shown, odd and not custom)
 
     def _alternatives(self, norm: Member) -> Iterator[str]:

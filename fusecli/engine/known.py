@@ -12,7 +12,8 @@ from fusecli.engine.audit import Audit
 from fusecli.engine.branches import Addends, addends
 from fusecli.engine.decisions import Member
 from fusecli.engine.inside import applied_as_is, layer_at_work
-from fusecli.engine.maps import Map, has_literals, norm_map, scales_and_gains
+from fusecli.engine.maps import Map, norm_map
+from fusecli.engine.scales import has_literals, scales_and_gains
 from fusecli.engine.sizes import holds_for_other_sizes
 from fusecli.engine.uses import Uses
 from fusecli.errors import NotFoldable, require

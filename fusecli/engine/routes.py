@@ -15,15 +15,13 @@ from torch import Tensor
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Member
 from fusecli.engine.maps import Map
+from fusecli.engine.walks import Arrival, Downward, Upward
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, described
-from fusecli.graph.kinds import LAYER_KINDS
 from fusecli.graph.labels import CONFLICT, NOWHERE, along, labels_at
-from fusecli.graph.ops import AVERAGES, JOINS, LAYERS, MOVES, SELECTIONS, SUMS
-from fusecli.graph.sites import Site, adds_bias, reads_through, weight_of
+from fusecli.graph.ops import MOVES, SELECTIONS
+from fusecli.graph.sites import Site, reads_through
 
-# A per-channel affine map on what goes in is the same map on what comes out, as far as the labels tell.
-COMMUTING = MOVES | SELECTIONS | JOINS | AVERAGES
 Seeds = dict[int, Tensor | None]
 
 
@@ -40,18 +38,7 @@ class Way:
     shifts: bool
 
 
-@dataclass(frozen=True)
-class _Arrival:
-    """One call of a layer that a walk has come to: `value` is what it gives (up) or takes (down)."""
-
-    target: Member
-    visit: int
-    value: int
-    axis: int
-    shifts: bool
-
-
-_Reached = tuple[_Arrival, tuple[int, ...]]
+_Reached = tuple[Arrival, tuple[int, ...]]
 
 
 @dataclass
@@ -103,11 +90,16 @@ class Routes:
             reason = f"the way from {found.path} to a layer is too long to be followed"
             raise NotFoldable("no-linear-producer", reason) from None
 
-    def keeps_dtype(self, call: Call) -> bool:
-        """Whether an op gives the dtype that it takes: a cast rounds or overflows where the map has not
-        been."""
-        values = [self.recording.values[value] for value in (*call.reads, *call.makes)]
-        return len({value.dtype for value in values if not value.constant}) == 1
+    def keeps_range(self, call: Call) -> bool:
+        """Whether an op gives floating-point numbers that can be as large as those it takes: what the map
+        would have scaled down first might overflow in a cast. What a cast rounds is left to the proof."""
+        values = self.recording.values
+        flowing = [values[value].dtype for value in call.reads if not values[value].constant]
+        given = [values[value].dtype for value in call.makes]
+        if not all(dtype.is_floating_point for dtype in (*flowing, *given)):
+            return False
+        # bfloat16 ends where float32 does, but for its shorter mantissa.
+        return all(2 * torch.finfo(b).max > torch.finfo(a).max for a in flowing for b in given)
 
     def _require_unwritten(self, found: Map, site: Site) -> None:
         """Guard: nobody writes to what the map takes; once it is gone, what it gives is that memory."""
@@ -125,7 +117,7 @@ class Routes:
     def _up(self, found: Map, site: Site) -> list[_Reached]:
         require(site.entry is not None, "no-linear-producer", "nothing goes into it that is not normalised")
         assert site.entry is not None
-        walk = _Upward(self, found)
+        walk = Upward(self, found)
         walk.go(site.entry, True)
         rank = len(self.recording.values[site.entry].shape)
         axis = found.axis % rank
@@ -142,7 +134,7 @@ class Routes:
 
     def _down(self, found: Map, site: Site) -> list[_Reached]:
         assert site.exit is not None
-        walk = _Downward(self, found)
+        walk = Downward(self, found)
         walk.go(site.exit)
         shape = self.recording.values[site.exit].shape
         seeds: Seeds = dict.fromkeys(walk.beside)
@@ -166,7 +158,7 @@ class Routes:
         return labels
 
     def _require_sole(
-        self, walk: _Upward, arrival: _Arrival, seeds: Seeds, channels: tuple[int, ...], found: Map
+        self, walk: Upward, arrival: Arrival, seeds: Seeds, channels: tuple[int, ...], found: Map
     ) -> None:
         """Guard: nobody else reads a channel that the fold changes."""
         changed = {channel for channel, of_map in enumerate(channels) if of_map >= 0}
@@ -222,183 +214,6 @@ class Routes:
             ((channels, shifts),) = ways[path]
             result.append(Way(target, channels, shifts))
         return result
-
-
-@dataclass
-class _Upward:
-    """From what a map takes up to the layers that give it."""
-
-    routes: Routes
-    found: Map
-    arrivals: list[_Arrival] = field(default_factory=list)
-    crossed: set[int] = field(default_factory=set)
-    ends: set[int] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        # The map itself, and what else is done in its module: they read what the fold changes, as they
-        # should.
-        self.ends = {number for site in self.found.sites for number in site.calls}
-
-    def go(self, value: int, shifts: bool) -> None:
-        routes, recording = self.routes, self.routes.recording
-        giver = routes.giving(value)
-        if giver is not None and giver[0].path != self.found.path:
-            if giver[0].path not in routes.gone:
-                self._arrive_at_map(giver[0], giver[1], shifts)
-                return
-            if giver[1].entry is not None:
-                self.go(giver[1].entry, shifts)
-                return
-        call = recording.maker(value)
-        layer = self._layer(call, value)
-        if call is None:
-            raise self._none(value)
-        if layer is not None:
-            self._arrive_at_layer(layer, call, value, shifts)
-            return
-        flowing = [read for read in call.reads if not recording.values[read].constant]
-        # What is joined with a constant is scaled there too, and no layer can take that over.
-        whole = call.name not in JOINS or len(flowing) == len(call.reads)
-        if call.name in COMMUTING and flowing and whole and routes.keeps_dtype(call):
-            self.crossed.add(call.number)
-            for read in dict.fromkeys(flowing):
-                self.go(read, shifts)
-        elif call.name in SUMS and len(flowing) == 1 and self._is_own_bias(call, flowing[0]):
-            self.crossed.add(call.number)
-            self.go(flowing[0], shifts)
-        elif call.name in SUMS and len(set(flowing)) == 2 and call.kwargs.get("alpha", 1) == 1:
-            self.crossed.add(call.number)
-            self.go(flowing[0], shifts)
-            self.go(flowing[1], False)
-        else:
-            raise self._none(value)
-
-    def _layer(self, call: Call | None, value: int) -> Member | None:
-        """The layer that gives `value`, or applies its weight there."""
-        owner = None if call is None else owner_of(self.routes.audit, call)
-        return None if owner is None else self.routes.audit.member(owner)
-
-    def _is_own_bias(self, call: Call, value: int) -> bool:
-        maker = self.routes.recording.maker(value)
-        while maker is not None and maker.name in MOVES:
-            maker = self.routes.recording.maker(maker.reads[0])
-        layer = self._layer(maker, value)
-        return layer is not None and any(
-            adds_bias(self.routes.recording, call, read, layer.path) for read in call.reads
-        )
-
-    def _arrive_at_layer(self, layer: Member, call: Call, value: int, shifts: bool) -> None:
-        self._require_may(layer.path)
-        for site in self.routes.layer(layer):
-            if call.number in site.calls:
-                axis = LAYERS[call.name][1] % len(self.routes.recording.values[value].shape)
-                self.arrivals.append(_Arrival(layer, site.visit, value, axis, shifts))
-                return
-        raise self._none(value)
-
-    def _arrive_at_map(self, before: Map, site: Site, shifts: bool) -> None:
-        self._require_may(before.path)
-        assert site.exit is not None
-        axis = before.axis % len(self.routes.recording.values[site.exit].shape)
-        self.arrivals.append(_Arrival(before.member, site.visit, site.exit, axis, shifts))
-
-    def _require_may(self, path: str) -> None:
-        require(
-            self.routes.may(path),
-            "multiple-consumers",
-            f"{path}, which feeds it, is in another group or excluded",
-        )
-
-    def _none(self, value: int) -> NotFoldable:
-        source = self.routes.audit.source(value)
-        return NotFoldable(
-            "no-linear-producer",
-            f"what feeds it is no layer that it could be folded into: {source}",
-            evidence=(f"{self.found.path} reads what comes from {source}",),
-        )
-
-
-@dataclass
-class _Downward:
-    """From what a map gives down to the layers that take it; `beside` is what joins the way, unchanged."""
-
-    routes: Routes
-    found: Map
-    arrivals: list[_Arrival] = field(default_factory=list)
-    beside: set[int] = field(default_factory=set)
-    _seen: set[int] = field(default_factory=set)
-
-    def go(self, value: int) -> None:
-        if value in self._seen:
-            return
-        self._seen.add(value)
-        self.beside.discard(value)
-        readers = self.routes.recording.readers(value)
-        require(bool(readers), "not-executed", f"nobody reads what {self.found.path} gives")
-        for call in readers:
-            if (taker := self.routes.taking(value, call)) is not None:
-                self._enter_map(*taker)
-            elif (layer := self._layer(value, call)) is not None:
-                self._arrive(*layer, value)
-            elif call.name in COMMUTING and call.op is not None and self.routes.keeps_dtype(call):
-                self.beside.update(read for read in call.reads if read not in self._seen)
-                for made in call.makes:
-                    self.go(made)
-            else:
-                raise NotFoldable(
-                    "multiple-consumers" if len(readers) > 1 else "no-linear-consumer",
-                    f"what {self.found.path} gives is read by something that cannot take it over",
-                    evidence=described(self.routes.recording, [call]),
-                )
-
-    def _enter_map(self, after: Map, site: Site) -> None:
-        assert site.exit is not None
-        assert site.entry is not None
-        if after.path in self.routes.gone:
-            self.go(site.exit)
-            return
-        self._require_may(after.path)
-        rank = len(self.routes.recording.values[site.entry].shape)
-        self.arrivals.append(_Arrival(after.member, site.visit, site.entry, after.axis % rank, True))
-
-    def _layer(self, value: int, call: Call) -> tuple[Member, int] | None:
-        """The layer whose call reads `value` as its input, and which call that is."""
-        recording = self.routes.recording
-        for number in call.visits:
-            visit = recording.visits[number]
-            member = self.routes.audit.member(visit.path) if visit.path else None
-            if member is not None and member.kind in LAYER_KINDS and visit.takes[:1] == (value,):
-                return member, recording.turns[number]
-        return None
-
-    def _arrive(self, layer: Member, visit: int, value: int) -> None:
-        self._require_may(layer.path)
-        self.routes.layer(layer)  # it applies its weight once in each call, to nothing else
-        if any(a.target.path == layer.path and a.visit == visit for a in self.arrivals):
-            return
-        rank = len(self.routes.recording.values[value].shape)
-        axis = rank - 1 if layer.kind == "linear" else rank - 1 - _spatial(layer)
-        self.arrivals.append(_Arrival(layer, visit, value, axis, True))
-
-    def _require_may(self, path: str) -> None:
-        require(self.routes.may(path), "multiple-consumers", f"{path}, which reads it, may not be changed")
-
-
-def owner_of(audit: Audit, call: Call) -> str | None:
-    """The layer whose own weight an op applies; None where it is no layer's."""
-    weight = weight_of(call)
-    if weight is None:
-        return None
-    owners = {name.rpartition(".")[0] for name in audit.recording.values[weight].origins}
-    known = [path for path in owners if path and audit.member(path).kind in LAYER_KINDS]
-    if len(owners) == 1 and known:
-        return known[0]
-    return None
-
-
-def _spatial(layer: Member) -> int:
-    weight = layer.module._parameters.get("weight")
-    return 0 if weight is None else weight.ndim - 2
 
 
 def _along(labels: Tensor, axis: int, source: str, target: str) -> list[int]:

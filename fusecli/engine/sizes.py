@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fusecli.algebra import ChannelAffine
 from fusecli.engine.maps import Map
+from fusecli.equivalence.run import float64_arithmetic
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.materialise import with_tensors
 
@@ -49,7 +50,7 @@ def holds_for_other_sizes(recording: Recording, found: Map) -> bool:
 
 
 def _is_the_map(found: Map, module: nn.Module, affine: ChannelAffine, x: Tensor, axis: int) -> bool:
-    with torch.no_grad():
+    with torch.no_grad(), float64_arithmetic():
         given: Tensor = module(x.clone())
         before = x
         if found.member.kind == "gain":
