@@ -176,6 +176,7 @@ def fuse(
                 status="nothing to fuse",
                 exit_code=ExitCode.NOTHING,
                 unfused=choice.unfused(),
+                ledger=tuple(facts.bare_ledger(choice.bare)),
                 refused=tuple(choice.dropped.values()),
                 problems=(_nothing(read, choice) or why,),
                 model=copied(model),

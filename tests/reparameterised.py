@@ -167,6 +167,17 @@ def deploy(is_qat: bool, block: Any) -> nn.Module:
     return result
 
 
+class Bare(nn.Module):
+    """No norm, and an operator adds the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x) + x)
+
+
 Make = Callable[[], nn.Module]
 # Blocks that one convolution can stand for.
 BLOCKS: dict[str, Make] = {
@@ -190,6 +201,7 @@ NETWORKS: dict[str, Make] = {
         MobileOneBlock(3, 4, stride=2), MobileOneBlock(4, 4, groups=4), MobileOneBlock(4, 6, count=1)
     ),
     "residual": lambda: nn.Sequential(conv_bn(3, 4, 3), ResidualBlock(4), BareResidualBlock(4)),
+    "bare": lambda: nn.Sequential(Bare(3)),
     "deployable": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Deployable(4), nn.ReLU(), Deployable(4)),
     "wrongly deployable": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), WronglyDeployable(4)),
 }

@@ -348,6 +348,7 @@ class _Job:
             status="refused" if problems[1:] else "different" if failed else "nothing to fuse",
             exit_code=code,
             refused=tuple(choice.dropped.values()),
+            ledger=(*outcome.ledger, *facts.bare_ledger(choice.bare)),
             unfused=unfused,
             problems=tuple(problems),
             next_step=step,

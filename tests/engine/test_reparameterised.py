@@ -140,7 +140,7 @@ class TestBareIdentity:
         model = net(lambda m, x: relu(m.layer(x) + x), layer=conv())
         left(model, X)
         outcome = fusecli.fuse(model, X, discover=True)
-        print("LEDGER", outcome.ledger)
+        assert [(entry.kind, entry.where) for entry in outcome.ledger] == [("bare-identity", "layer")]
 
     def test_other_branches_are_folded_beside_it(self) -> None:
         wiring = lambda m, x: relu(m.a(x) + x + m.b(x))  # noqa: E731
@@ -199,6 +199,14 @@ class TestFromTheCommandLine:
         for label, key in (("parameters", "parameters"), ("op calls", "ops")):
             numbers = [f"{totals[when][key]:,}" for when in ("before", "after")]
             assert any(line.startswith(label) and all(n in line for n in numbers) for line in said), said
+
+
+def test_a_bare_identity_where_nothing_else_is_folded(cli: Cli, saved: Save) -> None:
+    saved("bare")
+    ended = cli("fuse", "model.pt", "--discover", "--model", "net.py:build(network='bare')", *RUN, *JSON)
+    assert (ended.code, ended.report["status"]) == (5, "nothing to fuse")
+    assert [(e["kind"], e["where"]) for e in ended.report["ledger"]] == [("bare-identity", "0.conv")]
+    assert not FUSED.exists()
 
 
 def test_a_bare_identity_from_the_command_line(cli: Cli, saved: Save) -> None:
