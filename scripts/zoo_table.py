@@ -185,8 +185,9 @@ def measured(zoo: Zoo, name: str) -> Row:
 
 
 def ours(model: nn.Module, sample: Sample) -> tuple[nn.Module, float, dict[str, str], set[str]]:
-    """A copy with all that discovery offers, the seconds it took to find that out, and why each other norm is
-    left, and the modules of layers that were stored once for each norm: `fusecli.fuse(discover=True, shared="clone")` without its proof, since the table has its own."""
+    """A copy with all that discovery offers, the seconds it took to find that out, why each other norm is
+    left, and the modules of layers that were stored once for each norm: what `fusecli.fuse(discover=True,
+    shared="clone")` does, without its proof, since the table has its own."""
     spec = spec_from_mapping({"discover": True, "shared": "clone"}, where="scripts/bench")
     source = Source(as_checkpoint(model), lambda: duplicate(model))
     source.vocabulary = vocabulary_of(spec, Consent.gather(()))

@@ -5,7 +5,7 @@ It only proposes; the plan decides, by the same audit as for a group that somebo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -35,12 +35,14 @@ class Offer:
 
     bare  layers to whose output an operator adds their own input: as a module it could become part of them
     idle  modules that do nothing at inference
+    parts for a group that is no chain the chains in it, which hold without the rest
     """
 
     plan: Plan = field(default_factory=Plan)
     left: tuple[Unfused, ...] = ()
     bare: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
+    parts: Mapping[tuple[str, ...], tuple[Group, ...]] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -79,7 +81,9 @@ def discover(
     }
     idle = tuple(p for p in idle_modules(search.audit) if p not in held and not excluded(p))
     named = [unfused for path, unfused in left.items() if path not in fused]
-    return Offer(replace(offered, refused=()), (*named, *search.functional()), tuple(search.bare), idle)
+    return Offer(
+        replace(offered, refused=()), (*named, *search.functional()), tuple(search.bare), idle, search.parts
+    )
 
 
 def _offered(
@@ -100,6 +104,7 @@ class _Search:
     taken: set[str]
     excluded: Callable[[str], bool]
     bare: list[str] = field(default_factory=list)
+    parts: dict[tuple[str, ...], tuple[Group, ...]] = field(default_factory=dict)
 
     def pairs(self) -> tuple[list[Group], dict[str, Unfused]]:
         """For every norm the layers that feed it, as groups; or why there are none."""
@@ -215,6 +220,8 @@ class _Search:
             if path in left and no.code in TELLING:
                 member = self.audit.member(path)
                 left[path] = _unfused(member, refusal(Group((path,)), no))
+            elif path in left and left[path].code == "batch-dependent":
+                left[path] = replace(left[path], evidence=(f"its gain stays too: {no.code}: {no.reason}",))
         joined = list(self._joined(chains, parts))
         if not joined:
             return offered
@@ -225,6 +232,11 @@ class _Search:
             again = [decision.group for decision in whole.decisions]
             back = [c for c in chains if c not in again and failed & set(c.modules)]
             whole = planned([*again, *back])
+        self.parts = {
+            decision.group.modules: tuple(c for c in chains if set(c.modules) <= set(decision.group.modules))
+            for decision in whole.decisions
+            if decision.group in joined
+        }
         return replace(whole, refused=(*offered.refused, *whole.refused))
 
     def _joined(self, chains: Sequence[Group], parts: Sequence[set[str]]) -> Iterator[Group]:

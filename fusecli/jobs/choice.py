@@ -59,14 +59,21 @@ class Choice:
 
     @property
     def groups(self) -> list[Group]:
-        offered = self.offer.groups if self.offer is not None and self.taking else ()
-        groups = [group for group in (*self.asked, *offered) if group.modules not in self.dropped]
+        groups = [group for group in (*self.asked, *self._offered()) if group.modules not in self.dropped]
         if self.removing and self.offer is not None:
             idle = [Group((path,)) for path in self.offer.idle]
             groups += [group for group in idle if group.modules not in self.dropped]
         held = {path for group in groups for path in group.modules}
         single = [(path,) for path in self.alone if path not in held]
         return groups + [Group(modules) for modules in single if modules not in self.dropped]
+
+    def _offered(self) -> Iterator[Group]:
+        """What the run offers; in place of a group that was dropped the chains in it."""
+        offer = self.offer if self.taking else None
+        for group in offer.groups if offer is not None else ():
+            yield group
+            if offer is not None and group.modules in self.dropped:
+                yield from offer.parts.get(group.modules, ())
 
     @property
     def idle(self) -> tuple[str, ...]:

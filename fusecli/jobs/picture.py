@@ -14,7 +14,7 @@ from functools import cached_property
 from fusecli.engine import Decision
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.dataflow import Call, Recording
-from fusecli.graph.ops import MOVES
+from fusecli.graph.ops import MOVES, SELECTIONS
 from fusecli.jobs.choice import Choice
 from fusecli.outcome import Unfused
 from fusecli.picture import Fate, Node, Picture, Role
@@ -170,7 +170,7 @@ class _Graph:
             path = self.recording.visits[visit].path
             self.steps.append(_Step(path, path, Role.MODULE, visit))
         else:
-            moves = Role.MOVE if call.name in MOVES else Role.OP
+            moves = Role.MOVE if call.name in MOVES | SELECTIONS else Role.OP
             role = Role.END if call.op is None else moves
             self.steps.append(_Step(self.recording.inside(call), call.name.removeprefix("aten."), role))
         return len(self.steps) - 1

@@ -168,3 +168,20 @@ def test_long_residual_streams() -> None:
 
     deep = randomise(nn.Sequential(*(Block() for _ in range(300)), nn.BatchNorm1d(5)), 0)
     assert len(groups(deep, torch.randn(2, 5, 4))) == 300
+
+
+def test_the_chains_of_a_group_that_does_not_hold_are_folded_by_themselves() -> None:
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = (m.bn(m.a(x)) + m.bn2(m.b(x))) * m.b.out_channels  # which a branch that is silent has not
+        return y
+
+    outcome = fusecli.fuse(net(wiring, a=conv(), bn=bn(), b=conv(), bn2=bn()), X, discover=True)
+    assert outcome.status == "fused"
+    assert [g.modules for g in outcome.groups] == [("a", "bn"), ("b", "bn2")]
+    assert [no.group for no in outcome.refused] == [("a", "bn", "b", "bn2")]
+
+
+def test_why_a_gain_stays() -> None:
+    model = net(lambda m, x: (lambda y: m.fc(y) + y)(m.ln(x)), ln=nn.LayerNorm(8), fc=nn.Linear(8, 8))
+    (left,) = fusecli.plan(model, X).unfused
+    assert (left.code, "gain stays" in left.evidence[0]) == ("batch-dependent", True)
