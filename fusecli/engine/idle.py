@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Decision, Group
 from fusecli.engine.steps import Operand, Step, by_waves
 from fusecli.equivalence.regions import Region
 from fusecli.graph.dataflow import Visit
+from fusecli.graph.kinds import NOTHING
+from fusecli.graph.materialise import with_tensors
 from fusecli.outcome import Evidence
 from fusecli.rules import all_rules
 
@@ -20,6 +23,8 @@ _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 def idle_modules(audit: Audit) -> Iterator[str]:
     """Those without tensors, hooks or modules of their own; an nn.Identity is one already."""
+    if audit.vocabulary.rules is not None and "idle" not in audit.vocabulary.rules:
+        return
     for path in audit.recording.names:
         module = audit.tree[path]
         if not path or type(module) is nn.Identity or any(True for _ in module.children()):
@@ -27,7 +32,9 @@ def idle_modules(audit: Audit) -> Iterator[str]:
         held = module._parameters or module._buffers or module._forward_hooks or module._forward_pre_hooks
         visits = audit.recording.visits_of(path)
         if not held and visits and all(_gives_what_it_takes(audit, module, visit) for visit in visits):
-            yield path
+            shapes = {audit.recording.values[visit.takes[0]].shape for visit in visits}
+            if type(module) in (*NOTHING, *_POOLS) or all(_idle_for_others(module, s) for s in shapes):
+                yield path
 
 
 def _gives_what_it_takes(audit: Audit, module: nn.Module, visit: Visit) -> bool:
@@ -36,6 +43,23 @@ def _gives_what_it_takes(audit: Audit, module: nn.Module, visit: Visit) -> bool:
     if type(module) in _POOLS:
         return _pools_single_elements(module)
     return visit.takes == visit.gives and not any(audit.recording.alive[number] for number in visit.calls)
+
+
+def _idle_for_others(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a module of an unknown class gives what it takes for other sizes and numbers too: it may pad
+    or crop what is not as large as this was."""
+    alone = with_tensors(module, lambda _, old: old).eval()
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for more in (1, 2, 3):
+            x = torch.randn([size + more for size in shape], generator=generator) * 10**more
+            with torch.no_grad():
+                given = alone(x.clone())
+            if not (isinstance(given, Tensor) and torch.equal(given, x)):
+                return False
+    except Exception:  # whatever somebody's forward may raise
+        return False
+    return True
 
 
 def _pools_single_elements(pool: nn.Module) -> bool:

@@ -209,11 +209,17 @@ def looked(
 def _bakes(spec: Spec, source: Source, tree: ModuleTree) -> dict[str, str]:
     """The layers that are made plain: an adapter's, and with `bake: true` all that are not excluded."""
     found = computed_layers(tree, source.vocabulary)
+    rules = source.vocabulary.rules
+    if rules is not None and "lora" not in rules and "lora" in found.values():
+        fix = "allow the rule, or take the adapter out of the spec"
+        raise UsageError(
+            Problem("an adapter is added by the rule 'lora', which is not allowed", "rules", fix)
+        )
     names = NameTree([path for path in tree.modules if path], spec.exclude)
     return {
         path: rule
         for path, rule in found.items()
-        if rule != "bake" or (spec.bake and not names.excluded(path))
+        if rule != "bake" or (spec.bake and not names.excluded(path) and (rules is None or "bake" in rules))
     }
 
 
