@@ -28,6 +28,7 @@ _PEFT = "base_model.model."
 _NAME = re.compile(r"(?P<path>.+)\.(?P<side>lora_[AB])(\.(?P<adapter>[^.]+)\.weight|\.weight)?", re.DOTALL)
 _ROUNDED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_NAMES = 3
+_LARGEST = 1e300
 # What is in the file of an adapter that is no sum of the base and a product.
 _OTHERS = {
     "lora_magnitude_vector": "DoRA scales the sum by its own norm",
@@ -116,10 +117,12 @@ def _pairs(checkpoint: Checkpoint) -> dict[str, Pair]:
     where = str(checkpoint.path)
     sides: dict[str, dict[str, StoredTensor]] = {}
     problems: list[Problem] = []
+    adapters: set[str | None] = set()
     for name, tensor in checkpoint.tensors.items():
         match = _NAME.fullmatch(name.removeprefix(_PEFT))
         if match is None or match["path"].endswith(".modules_to_save"):
             raise _no_pair(name, where)
+        adapters.add(match["adapter"])
         held = sides.setdefault(match["path"], {})
         if match["side"] in held:
             fix = "save one adapter to a file"
@@ -130,6 +133,9 @@ def _pairs(checkpoint: Checkpoint) -> dict[str, Pair]:
     for path, held in sides.items():
         for name in (name for name in Adapted.SOURCES if name not in held):
             problems.append(Problem(f"{path} has {next(iter(held))} and no {name}", where, "save both"))
+    if len(adapters) > 1:
+        told = ", ".join(sorted(map(str, adapters)))
+        problems.append(Problem(f"it holds several adapters: {told}", where, "save one adapter to a file"))
     if not sides:
         problems.append(Problem("there is no tensor in this adapter", where))
     if problems:
@@ -161,7 +167,8 @@ def _configured(adapter: Adapter, path: Path, where: str) -> Adapter:
         fix = "save it with path_initial_model_for_weight_conversion, as PEFT has it"
         raise RefusedError(Problem(f"init_lora_weights is {begun!r}: the base was changed too", label, fix))
     alpha, rank, root = config.get("lora_alpha"), config.get("r"), config.get("use_rslora", False)
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    # Compared, not converted: JSON may hold whole numbers that no float can.
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not -_LARGEST < alpha < _LARGEST:
         raise UsageError(Problem(f"lora_alpha is {alpha!r}, not a number", label))
     if type(rank) is not int or rank < 1:
         raise UsageError(Problem(f"r is {rank!r}, not a whole number from 1", label))

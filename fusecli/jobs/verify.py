@@ -6,7 +6,7 @@ says of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,6 +96,16 @@ def _no_original(request: VerifyRequest) -> UsageError:
     )
 
 
+def _require_modules(paths: Iterable[str], model: nn.Module, fused: Path) -> None:
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    strange = [path for path in paths if path not in known]
+    if strange:
+        fix = "build the model that the artifact was made from, or fuse again"
+        raise UsageError(
+            Problem(f"its edits speak of {strange[0]}, which the model has not", str(fused), fix)
+        )
+
+
 def _structure(
     checkpoint: Checkpoint, spec: Spec | None, manifest: Manifest, consent: Consent, fused: Path
 ) -> tuple[Source, nn.Module, list[Group]]:
@@ -110,6 +120,7 @@ def _structure(
         # What was done is judged, not whether this spec would do it.
         source.vocabulary = replace(source.vocabulary, rules=None)
         if source.build is not None:
+            _require_modules(bakes, source.build(), fused)
             return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
     known = {rule.name for rule in all_rules() if rule.listed} | {"bake", "lora"}

@@ -89,6 +89,8 @@ def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
             if type(conv) not in (fused.BorderedConv1d, fused.BorderedConv2d, fused.BorderedConv3d):
                 tree.replace(path, fused.bordered(conv))
         case Clone(path, into):
+            if any(True for _ in tree[into].children()) or path.startswith(f"{into}."):
+                raise ValueError(f"{into} is no single layer, which alone is stored several times")
             twin = copy.deepcopy(tree[into])
             _ = list(take_hooks(twin, PRE + POST + BACKWARD))
             yield from ((path, hook) for hook in take_hooks(tree[path], PRE + BACKWARD))

@@ -54,6 +54,9 @@ def spec_from_options(
     for key, names in (("rules", rules), ("no_rules", no_rules)):
         if names is not None:
             typed[key] = [name.strip() for name in names.split(",") if name.strip()]
+            if not typed[key]:
+                option = f"--{key.replace('_', '-')}"
+                raise UsageError(Problem(f"'{names}' names no rule", option, "'fusecli rules' lists all"))
     if remove_idle:
         typed["remove_idle"] = True
     if allow_restructure:

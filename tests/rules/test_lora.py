@@ -119,6 +119,11 @@ BAD: dict[str, tuple[dict[str, Tensor], int, str]] = {
         2,
         "q has two tensors lora_A",
     ),
+    "halves of two": (
+        {"q.lora_A.foo.weight": torch.ones(1, 4), "q.lora_B.bar.weight": torch.ones(5, 1)},
+        2,
+        "several adapters: bar, foo",
+    ),
     "DoRA": ({**Q, "base_model.model.q.lora_magnitude_vector": torch.ones(5)}, 4, "DoRA scales the sum"),
     "an embedding": (
         {"base_model.model.table.lora_embedding_A": torch.ones(1, 4)},
@@ -154,6 +159,7 @@ CONFIGS: dict[str, tuple[object, int, str]] = {
     "large": (" " * (1 << 20) + "{}", 2, "is larger than 1 MiB"),
     "no alpha": ({"r": 2}, 2, "lora_alpha is None"),
     "NaN": ('{"r": 2, "lora_alpha": NaN}', 2, "lora_alpha is nan"),
+    "larger than any float": (f'{{"r": 2, "lora_alpha": 1{"0" * 400}}}', 2, "not a number"),
     "alpha as text": ({"r": 2, "lora_alpha": "16"}, 2, "lora_alpha is '16'"),
     "alpha as a truth": ({"r": 2, "lora_alpha": True}, 2, "lora_alpha is True"),
     "r as a truth": ({"r": True, "lora_alpha": 4}, 2, "r is True"),
