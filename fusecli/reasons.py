@@ -250,6 +250,12 @@ _MATHEMATICS = (
         "Keep both layers.",
     ),
     Reason(
+        "rule-off",
+        "The rule that would fold it is turned off, by rules or no_rules in the spec or on the command line.",
+        "Nothing goes wrong: the layer stays as it is, because somebody has said so.",
+        "Allow the rule: --rules and --no-rules name those that may and may not be used.",
+    ),
+    Reason(
         "grows",
         "One layer would have more parameters than the two that it stands for.",
         "It would compute the same, and need more memory and more operations: a bottleneck of 4 channels "

@@ -32,6 +32,8 @@ def check_target(target: Path, source: Path, force: bool, protected: Sequence[Pa
         raise unreadable(target, what, "give the path of the file itself")
     if target.is_dir():
         raise misused(target, "the output is a folder", "give a file name inside it")
+    if target.exists() and not target.is_file():
+        raise misused(target, "the output is no ordinary file", "give the path of a file")
     if target.exists() and not force:
         raise misused(target, "the output exists already", "use --force to replace it")
     _check_folder(target)

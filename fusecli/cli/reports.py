@@ -172,6 +172,8 @@ def _write(path: Path, text: str, outcome: Outcome) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes the file whole or not at all; raises UsageError where it cannot be written."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    if path.exists() and not path.is_file():
+        raise _unwritable(path, "it is no ordinary file")  # a device or a pipe would be replaced by one
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

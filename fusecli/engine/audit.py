@@ -65,6 +65,13 @@ class Audit:
 
     def __post_init__(self) -> None:
         self.recording: Recording = self.run.recording
+        self._norms: dict[str, list[Site]] = {}
+
+    def norm_sites(self, norm: Member) -> list[Site]:
+        """Where a norm reads and writes, worked out once; raises NotFoldable."""
+        if norm.path not in self._norms:
+            self._norms[norm.path] = norm_at_work(self.recording, norm)
+        return self._norms[norm.path]
 
     @cached_property
     def unbiased(self) -> list[str]:
@@ -202,7 +209,7 @@ class Audit:
             require(bool(sites), "not-executed", f"{path} did not run, though other members of its group did")
             return sites
         if member.kind in NORM_KINDS:
-            return norm_at_work(self.recording, member)
+            return self.norm_sites(member)
         return layer_at_work(self.run, member, self.unbiased)
 
     def _linked(

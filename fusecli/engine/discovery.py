@@ -12,7 +12,6 @@ from typing import Literal
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Decision, Group, Member, Plan, Vocabulary, refusal
 from fusecli.engine.idle import idle_modules
-from fusecli.engine.inside import norm_at_work
 from fusecli.engine.known import Known
 from fusecli.engine.planning import plan
 from fusecli.engine.uses import Uses
@@ -127,7 +126,7 @@ class _Search:
     def _rest(self, norm: Member) -> list[Group]:
         """The layers that feed a norm besides those that are listed with it: it folds into all or none."""
         try:
-            sites = norm_at_work(self.audit.recording, norm)
+            sites = self.audit.norm_sites(norm)
             calls = [self._producer(site.entry) for site in sites if site.entry is not None]
             layers = dict.fromkeys(self._owner(call) for call in calls if call is not None)
         except NotFoldable:
@@ -148,7 +147,7 @@ class _Search:
         missing = without_statistics(norm.module)
         require(missing is None, *(missing or ("no-statistics", "")))
         require(not self.excluded(path), "excluded", "an exclude pattern of the spec covers it")
-        layers = {self._layer(path, site.entry): None for site in norm_at_work(self.audit.recording, norm)}
+        layers = {self._layer(path, site.entry): None for site in self.audit.norm_sites(norm)}
         return (Group((layer, path)) for layer in layers)
 
     def _layer(self, norm: str, value: int | None) -> str:

@@ -54,7 +54,7 @@ class Known:
                 missing = without_statistics(member.module)
                 require(missing is None, *(missing or ("no-statistics", "")))
                 self.uses.require_single(path, member.module)
-                found.append(norm_map(recording, member))
+                found.append(norm_map(recording, member, self.audit.norm_sites(member)))
             except NotFoldable as no:
                 refused[path] = no
         for scale in scales_and_gains(recording, self.audit.member):

@@ -7,7 +7,7 @@ module stays, its gain becomes neutral.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fusecli.algebra import ChannelAffine
 from fusecli.engine.affine_ops import adds_shift, evaluated
 from fusecli.engine.decisions import Member
-from fusecli.engine.inside import norm_at_work
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, Recording
 from fusecli.graph.kinds import NORM_KINDS, is_exact
@@ -109,12 +108,11 @@ def _held(module: nn.Module, name: str) -> Tensor:
     return tensor.detach()
 
 
-def norm_map(recording: Recording, member: Member) -> Map:
+def norm_map(recording: Recording, member: Member, sites: Sequence[Site]) -> Map:
     """The map that a norm module is; raises NotFoldable where it is none."""
-    sites = tuple(norm_at_work(recording, member))
     axes = {1} if is_exact(member.module) else {_norm_axis(recording, member, site) for site in sites}
     require(len(axes) == 1, "bn-axis", f"{member.path} normalises different axes")
-    return Map(member, sites, axes.pop())
+    return Map(member, tuple(sites), axes.pop())
 
 
 def _norm_axis(recording: Recording, member: Member, site: Site) -> int:

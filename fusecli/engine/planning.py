@@ -271,6 +271,8 @@ def _chosen(acting: Sequence[Member], allowed: frozenset[str] | None) -> tuple[R
     """The rule for these members, and those of them that it takes."""
     rule = _rule_for(tuple(member.kind for member in acting), allowed)
     if rule is None:
+        off = _rule_for(tuple(member.kind for member in acting), None)
+        require(off is None, "rule-off", f"{off.name if off else ''} would fold it and is turned off")
         raise _no_rule(acting)
     for member in acting[len(rule.pattern) :]:
         require(

@@ -335,9 +335,17 @@ def rule_for(
     clones: bool = False,
 ) -> Rule:
     """The rule of this equation for exactly these kinds; raises NotFoldable where there is none."""
-    for rule in all_rules():
-        fits = (rule.equation, rule.restructures, rule.clones) == (equation, restructures, clones)
-        fits = fits and len(rule.pattern) == len(kinds) and rule.matches(kinds)
-        if fits and (allowed is None or rule.name in allowed):
+    fitting = [
+        rule
+        for rule in all_rules()
+        if (rule.equation, rule.restructures, rule.clones) == (equation, restructures, clones)
+        and len(rule.pattern) == len(kinds)
+        and rule.matches(kinds)
+    ]
+    for rule in fitting:
+        if allowed is None or rule.name in allowed:
             return rule
+    require(
+        not fitting, "rule-off", f"{', '.join(rule.name for rule in fitting)} would fold it and is turned off"
+    )
     raise NotFoldable("no-rule", f"no rule folds {' -> '.join(kinds)}", remedy="'fusecli rules' lists all")

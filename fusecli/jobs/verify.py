@@ -120,7 +120,8 @@ def _structure(
         # What was done is judged, not whether this spec would do it.
         source.vocabulary = replace(source.vocabulary, rules=None)
         if source.build is not None:
-            _require_modules(bakes, source.build(), fused)
+            named = (path for group in groups for path in group.modules)
+            _require_modules([*bakes, *named], source.build(), fused)
             return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
     known = {rule.name for rule in all_rules() if rule.listed} | {"bake", "lora"}

@@ -163,11 +163,14 @@ def _edit_from_dict(document: dict[str, Any]) -> Edit:
 
 
 def _group_from_dict(document: dict[str, Any]) -> GroupRecord:
+    modules, kept = _one_or_more(document["modules"]), _names(document["kept"])
+    if not set(kept) < set(modules):
+        raise ValueError("a group keeps modules that are not in it, or all of them")
     return GroupRecord(
-        modules=_one_or_more(document["modules"]),
+        modules=modules,
         rule=str(document["rule"]),
         evidence=Evidence(document["evidence"]),
-        kept=_names(document["kept"]),
+        kept=kept,
         hints=_hints(document["hints"]),
     )
 

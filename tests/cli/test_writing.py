@@ -204,3 +204,12 @@ def test_case_57_killed_while_fusing(digits, end, old):
         # What is left is the staged file, hidden and under no name that anybody loads.
         assert all(name.startswith(".model.fused") for name in after.keys() - before.keys())
         assert {name: after[name] for name in before} == before
+
+
+def test_what_is_no_file_is_not_replaced(cli, digits):
+    os.mkfifo("pipe")
+    ended = cli(*FUSE, "-o", "pipe", "--force")
+    assert (ended.code, "no ordinary file" in ended.err) == (2, True)
+    ended = cli("plan", *FUSE[1:], "-o", "found.yaml", "--graph", "pipe", "--force")
+    assert (ended.code, "no ordinary file" in ended.err) == (2, True)
+    assert Path("pipe").is_fifo()

@@ -185,3 +185,11 @@ def test_why_a_gain_stays() -> None:
     model = net(lambda m, x: (lambda y: m.fc(y) + y)(m.ln(x)), ln=nn.LayerNorm(8), fc=nn.Linear(8, 8))
     (left,) = fusecli.plan(model, X).unfused
     assert (left.code, "gain stays" in left.evidence[0]) == ("batch-dependent", True)
+
+
+def test_a_rule_that_is_turned_off_is_named() -> None:
+    model = net(lambda m, x: torch.relu(m.bn(m.a(x))), a=conv(), bn=bn())
+    outcome = fusecli.fuse(model, X, spec={"discover": True, "no_rules": ["conv_bn"]})
+    assert [(norm.code, "conv_bn" in norm.reason) for norm in outcome.unfused] == [("rule-off", True)]
+    outcome = fusecli.fuse(model, X, spec={"groups": ["a", "bn"], "rules": ["linear_bn"]})
+    assert [no.code for no in outcome.refused] == ["rule-off"]
