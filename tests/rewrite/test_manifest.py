@@ -24,7 +24,9 @@ from tests import nets
 MANIFEST = Manifest(
     mode="folded",
     groups=(
-        GroupRecord(("conv", "drop", "bn", "relu"), "conv_bn_relu", Evidence.OBSERVED, ("drop",), {"eps": 1e-3}),
+        GroupRecord(
+            ("conv", "drop", "bn", "relu"), "conv_bn_relu", Evidence.OBSERVED, ("drop",), {"eps": 1e-3}
+        ),
     ),
     edits=(
         Bias("conv"),
