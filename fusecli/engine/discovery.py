@@ -192,6 +192,14 @@ class _Search:
         known = [path for path in owners if path and self.audit.member(path).kind in LAYER_KINDS]
         if len(owners) == 1 and known:
             return known[0]
+        computed = {path.partition(".parametrizations.")[0] for path in owners}
+        if len(computed) == 1 and computed != owners:
+            raise NotFoldable(
+                "parametrized",
+                f"the weight of {computed.pop()}, which feeds it, is computed by a parametrization",
+                evidence=tuple(sorted(origins)[:3]),
+                remedy="say `bake: true` in the spec, or --bake: it is made plain first",
+            )
         raise NotFoldable(
             "derived-weight",
             "the weight of the layer before it is computed in forward",

@@ -193,3 +193,11 @@ def test_a_rule_that_is_turned_off_is_named() -> None:
     assert [(norm.code, "conv_bn" in norm.reason) for norm in outcome.unfused] == [("rule-off", True)]
     outcome = fusecli.fuse(model, X, spec={"groups": ["a", "bn"], "rules": ["linear_bn"]})
     assert [no.code for no in outcome.refused] == ["rule-off"]
+
+
+def test_a_parametrization_is_called_by_its_name() -> None:
+    layer = nn.utils.parametrizations.weight_norm(conv())
+    model = net(lambda m, x: torch.relu(m.bn(m.a(x))), a=layer, bn=bn())
+    (left,) = fusecli.plan(model, X).unfused
+    assert (left.code, "--bake" in left.remedy) == ("parametrized", True)
+    assert fusecli.fuse(model, X, discover=True, bake=True).status == "fused"
