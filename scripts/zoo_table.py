@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from fusecli.consent import Consent
-from fusecli.engine import compute_all
+from fusecli.engine import Decision, compute_all
 from fusecli.graph.materialise import duplicate
 from fusecli.jobs.choice import looked, settled
 from fusecli.jobs.in_memory import apart, applied, as_checkpoint, require_folds
@@ -168,7 +168,7 @@ def measured(zoo: Zoo, name: str) -> Row:
     model = trained(built(zoo, name))
     sample = sample_for(name, model).copy(torch.float64)
     expected, norms = ran(model, sample)
-    fused, seconds, codes, cloned = ours(model, sample)
+    fused, seconds, codes, decisions = ours(model, sample)
     output, still = ran(fused, sample)
     return Row(
         name,
@@ -176,7 +176,7 @@ def measured(zoo: Zoo, name: str) -> Row:
         ours=Tool(len(norms) - len(still), far(expected, output)),
         left=dict(Counter(codes.get(path, "unaccounted") for path in still)),
         seconds=seconds,
-        moved=tuple(names_moved(model, fused, cloned)),
+        moved=tuple(names_moved(model, fused, decisions)),
         theirs={
             tool: theirs(fuse, model, sample, expected, len(norms))
             for tool, fuse in (("fx.fuse", fx_fuse), ("fuse_fx", fuse_fx))
@@ -184,10 +184,10 @@ def measured(zoo: Zoo, name: str) -> Row:
     )
 
 
-def ours(model: nn.Module, sample: Sample) -> tuple[nn.Module, float, dict[str, str], set[str]]:
+def ours(model: nn.Module, sample: Sample) -> tuple[nn.Module, float, dict[str, str], Sequence[Decision]]:
     """A copy with all that discovery offers, the seconds it took to find that out, why each other norm is
-    left, and the modules of layers that were stored once for each norm: what `fusecli.fuse(discover=True,
-    shared="clone")` does, without its proof, since the table has its own."""
+    left, and what was decided: what `fusecli.fuse(discover=True, shared="clone")` does, without its proof,
+    since the table has its own."""
     spec = spec_from_mapping({"discover": True, "shared": "clone"}, where="scripts/bench")
     source = Source(as_checkpoint(model), lambda: duplicate(model))
     source.vocabulary = vocabulary_of(spec, Consent.gather(()))
@@ -202,9 +202,8 @@ def ours(model: nn.Module, sample: Sample) -> tuple[nn.Module, float, dict[str, 
     seconds = time.perf_counter() - start
     rewrites, _ = compute_all(tree, fold.decisions)
     fused, _ = applied(planned, fold.decisions, rewrites, inplace=False)
-    cloned = {path for d in fold.decisions if "shared_layer_bn" in d.rule for path in d.members}
     codes = {unfused.module: unfused.code for unfused in choice.unfused(fold.decisions)}
-    return fused, seconds, codes, cloned
+    return fused, seconds, codes, fold.decisions
 
 
 def theirs(

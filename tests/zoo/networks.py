@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fusecli.engine import Decision
 from fusecli.graph.kinds import norms
 from fusecli.sample import Sample, tensors_in
 from tests import nets
@@ -105,10 +106,14 @@ def far(one: object, other: object) -> float:
     return max(relative(a, b) for a, b in zip(tensors_in(one), tensors_in(other), strict=True))
 
 
-def names_moved(model: nn.Module, fused: nn.Module, cloned: Collection[str] = ()) -> list[str]:
+RESHAPING = {"shared_layer_bn", "pointwise_chain", "parallel_layers", "parallel_norm"}
+
+
+def names_moved(model: nn.Module, fused: nn.Module, decisions: Sequence[Decision]) -> list[str]:
     """What a user of `model` would miss in `fused`: its class, and keys of the state dict. Those that are new
-    (but for the bias of a layer), hold another shape, or are gone from a module that has others still; the
-    norms that copies of a shared layer have taken the place of, `cloned`, left out."""
+    (but for the bias of a layer), hold another shape, or are gone from a module that has others still. Left
+    out are layers that stand for several now, and norms whose place a copy of a layer has taken."""
+    cloned = {path for d in decisions if RESHAPING & {*d.rule.split("+")} for path in d.members}
     before, after = model.state_dict(), fused.state_dict()
     holders = {key.rpartition(".")[0] for key in after}
     moved = [type(fused).__qualname__] if type(fused) is not type(model) else []

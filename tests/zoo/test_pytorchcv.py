@@ -172,7 +172,7 @@ def test_what_is_offered_can_be_folded(zoo: Zoo, name: str) -> None:
     assert set(before) - set(after) == set(folded(offer.plan.decisions, before))
     left = {unfused.module: unfused.code for unfused in offer.left}
     assert {left[path] for path in after} <= REASONS.keys()
-    assert names_moved(model, fused) == []
+    assert names_moved(model, fused, offer.plan.decisions) == []
 
 
 def test_the_stand_in_for_torchvision_is_gone(zoo: Zoo) -> None:
