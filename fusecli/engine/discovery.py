@@ -15,6 +15,7 @@ from fusecli.engine.idle import idle_modules
 from fusecli.engine.known import Known
 from fusecli.engine.planning import plan
 from fusecli.engine.uses import Uses
+from fusecli.engine.walks import owner_of
 from fusecli.engine.waves import TELLING, Search
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call
@@ -187,11 +188,11 @@ class _Search:
         weight = weight_of(call)
         if weight is None:
             return None
+        owner = owner_of(self.audit, call)
+        if owner is not None:
+            return owner
         origins = self.audit.recording.values[weight].origins
         owners = {name.rpartition(".")[0] for name in origins}
-        known = [path for path in owners if path and self.audit.member(path).kind in LAYER_KINDS]
-        if len(owners) == 1 and known:
-            return known[0]
         computed = {path.partition(".parametrizations.")[0] for path in owners}
         if len(computed) == 1 and computed != owners:
             raise NotFoldable(

@@ -126,7 +126,10 @@ def _norm_axis(recording: Recording, member: Member, site: Site) -> int:
         if any(value.shape != (shape[axis],) for value in vectors):
             continue
         seeds = {value.number: along(value.shape, 0) for value in vectors}
-        labels = labels_at(recording, last.makes[0], {**seeds, site.entry: along(shape, axis)})
+        try:
+            labels = labels_at(recording, last.makes[0], {**seeds, site.entry: along(shape, axis)})
+        except LookupError as op:
+            raise NotFoldable("bn-axis", f"channels cannot be followed through {member.path}: {op}") from None
         given = recording.values[last.makes[0]].shape
         if labels is not None and given == shape and torch.equal(labels, along(shape, axis)):
             return axis

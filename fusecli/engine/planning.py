@@ -126,8 +126,9 @@ class _Planner:
         """The decision for members that are no chain; raises the more telling of two refusals, of which `no`
         is that of the chain."""
         # What an artifact was made with is allowed where it is judged.
-        restructure = self.vocabulary.restructure or "bn_conv_border" in (group.rules or ())
-        clone = self.vocabulary.clone or "shared_layer_bn" in (group.rules or ())
+        made = [rule for rule in all_rules() if rule.name in (group.rules or ())]
+        restructure = self.vocabulary.restructure or any(rule.restructures for rule in made)
+        clone = self.vocabulary.clone or any(rule.clones for rule in made)
         mine, allowed = set(group.modules), self.vocabulary.may_use(group)
         search = Search(
             self.known(audit), mine.__contains__, rules=allowed, restructure=restructure, clone=clone

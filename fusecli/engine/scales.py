@@ -108,18 +108,10 @@ def _scale_or_gain(
     kind = "scale" if whole else "gain"
     found = Map(Member(path, member.module, kind), sites, 0, chains, recording)
     require(len({o.rpartition(".")[2] for o in found.origins}) == len(found.origins), "not-affine", path)
-    names = {f"{path}.{name}" for name in found.origins}
-    for name in names:
-        value = recording.named(name)
-        held = (
-            value is not None
-            and len(
-                {c.number for c in _reading(recording, value.number)}
-                - {c.number for ch in chains for c in ch}
-            )
-            == 0
-        )
-        require(held, "shared-weight", f"{name} is read by more than its scale")
+    for name in found.origins:
+        value = recording.named(f"{path}.{name}")
+        ours = value is not None and found.calls >= {c.number for c in _reading(recording, value.number)}
+        require(ours, "shared-weight", f"{name} of {path} is read by more than its scale")
     floating = all(recording.values[site.exit or 0].dtype.is_floating_point for site in sites)
     require(floating, "dtype", f"{path} scales what are no floating-point numbers")
     axes = {_axis(recording, chain, site) for chain, site in zip(chains, sites, strict=True)}
@@ -154,14 +146,18 @@ def has_literals(found: Map) -> bool:
     """Whether numbers that are no tensors take part, also in what the constants are made of."""
     recording = found.recording
     assert recording is not None
-    calls = [call for chain in found.chains for call in chain]
-    for call in calls:
+    calls = {call.number: call for chain in found.chains for call in chain}
+    waiting = list(calls.values())
+    while waiting:
+        call = waiting.pop()
         if call.name in GAINS:
             continue
         if any(isinstance(argument, int | float) for argument in call.args) and call.name not in MOVES:
             return True
         makers = (recording.maker(read) for read in _constants(recording, call))
-        calls += [maker for maker in makers if maker is not None]
+        fresh = {maker.number: maker for maker in makers if maker is not None and maker.number not in calls}
+        calls |= fresh
+        waiting += fresh.values()
     return False
 
 
@@ -182,12 +178,15 @@ def _without_ends(recording: Recording, chain: tuple[Call, ...]) -> tuple[Call, 
 
 def _reading(recording: Recording, value: int) -> Iterator[Call]:
     """The calls that use what a constant becomes, once it has been moved or computed with constants."""
-    for call in recording.readers(value):
-        if call.op is not None and call.makes and all(recording.values[v].constant for v in call.makes):
-            for made in call.makes:
-                yield from _reading(recording, made)
-        else:
-            yield call
+    waiting, seen = [value], {value}
+    while waiting:
+        for call in recording.readers(waiting.pop()):
+            if call.op is not None and call.makes and all(recording.values[v].constant for v in call.makes):
+                fresh = [made for made in call.makes if made not in seen]
+                seen.update(fresh)
+                waiting += fresh
+            else:
+                yield call
 
 
 def _entry(recording: Recording, chain: Sequence[Call]) -> int | None:

@@ -43,7 +43,10 @@ class Search:
 
     strict  a shift under zero padding is refused without looking at its numbers
     rules   the names of those that may be used
-    below   why maps cannot go into the layers after them; `refused` is about those before, mostly
+    restructure, clone  whether rules may be used that change a layer's class, or store it several times
+
+    What it leaves behind: `refused`, why maps stay where they are; `below`, why they cannot go into the
+    layers after them; `bare`, layers that could take over their own input, if no operator added it.
     """
 
     known: Known

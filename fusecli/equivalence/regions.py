@@ -25,8 +25,9 @@ _LINEAR = _PART | JOINS | AVERAGES | SUMS
 class Region:
     """The part of a recorded run that some modules make up.
 
-    members  their paths; `inline` are those of which only ops of their own forward belong to it
-    inline   the calls of such ops
+    members    their paths
+    enclosing  those of them that others are in: of their forward only some ops belong to it
+    inline     the calls of these ops
     """
 
     recording: Recording

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fusecli.graph.dataflow import Call, Recording, Ref
@@ -52,20 +51,3 @@ class Replay:
         results = [leaf for leaf in tree_leaves(call.op(*args, **kwargs)) if isinstance(leaf, Tensor)]
         if len(results) == len(call.makes):
             self.known.update(zip(call.makes, results, strict=True))
-
-
-def tensors_of_model(model: nn.Module, dtype: Any = None) -> Named:
-    """`named` for the tensors that a model holds, floating ones in `dtype`."""
-
-    def named(name: str) -> Tensor:
-        path, _, attribute = name.rpartition(".")
-        try:
-            tensor = getattr(model.get_submodule(path), attribute)
-        except AttributeError as error:
-            raise LookupError(name) from error
-        if not isinstance(tensor, Tensor):
-            raise LookupError(name)
-        tensor = tensor.detach()
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-    return named

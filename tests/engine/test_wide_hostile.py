@@ -201,3 +201,13 @@ def test_a_parametrization_is_called_by_its_name() -> None:
     (left,) = fusecli.plan(model, X).unfused
     assert (left.code, "--bake" in left.remedy) == ("parametrized", True)
     assert fusecli.fuse(model, X, discover=True, bake=True).status == "fused"
+
+
+def test_a_norm_whose_scale_comes_out_of_an_unknown_op() -> None:
+    class Soft(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = F.softplus(self.weight) * (self.running_var + self.eps).rsqrt()
+            return x * scale.view(1, -1, 1, 1) + (self.bias - self.running_mean * scale).view(1, -1, 1, 1)
+
+    model = net(lambda m, x: m.b(m.bn(torch.relu(x))), bn=Soft(3), b=nn.Conv2d(3, 3, 1))
+    assert fusecli.fuse(model, X, discover=True).groups == ()
