@@ -163,16 +163,14 @@ class Member:
         """The norm is gone, its submodules stay in their order."""
         return Rewrite(edits=(Remainder(self.path, layer.path, self.children),))
 
-    def contained_with(self, relu: Member) -> Rewrite:
-        """Both move into the fusecli.nn container made for them."""
-        container = container_for(self.module)
-        kinds = f"{type(self.module).__name__} and a {type(relu.module).__name__}"
-        fits = container is not None and isinstance(relu.module, nn.ReLU)
-        require(
-            fits,
-            "no-container",
-            f"no container takes a {kinds}",
-            remedy="leave the activation out of the group",
-        )
+    def contained_with(self, *others: Member) -> Rewrite:
+        """All move into the fusecli.nn container made for them."""
+        members = (self, *others)
+        container = container_for(*(member.module for member in members))
+        kinds = ", ".join(type(member.module).__name__ for member in members)
+        last = "activation" if others[-1].kind != "norm" else "norm"
+        remedy = f"leave the {last} out of the group"
+        require(container is not None, "no-container", f"no container takes ({kinds})", remedy=remedy)
         assert container is not None
-        return Rewrite(edits=(Container(self.path, container.__name__, (self.path, relu.path)),))
+        paths = tuple(member.path for member in members)
+        return Rewrite(edits=(Container(self.path, container.__name__, paths),))

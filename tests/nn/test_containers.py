@@ -63,7 +63,7 @@ def test_state_dicts_are_interchangeable_with_torch_ao(
 
 @pytest.mark.parametrize(("name", "first", "shape"), LAYERS, ids=NAMES)
 def test_container_for_finds_the_class(name: str, first: nn.Module, shape: tuple[int, ...]) -> None:
-    found = container_for(first)
+    found = container_for(first, nn.ReLU())
     assert found is getattr(fused_nn, name)
     assert issubclass(found, FusedModule)
 
@@ -72,7 +72,7 @@ def test_container_for_finds_the_class(name: str, first: nn.Module, shape: tuple
     "first", [nn.ConvTranspose2d(3, 4, 3), nn.LayerNorm(4), nn.SyncBatchNorm(4), nn.Identity()], ids=repr
 )
 def test_container_for_knows_no_class_for_the_rest(first: nn.Module) -> None:
-    assert container_for(first) is None
+    assert container_for(first, nn.ReLU()) is None
 
 
 class PaddingConv(nn.Conv2d):
@@ -85,7 +85,7 @@ class QuietReLU(nn.ReLU):
 
 def test_subclasses_are_taken() -> None:
     container = fused_nn.ConvReLU2d(PaddingConv(3, 4, 3), QuietReLU())
-    assert container_for(container[0]) is fused_nn.ConvReLU2d
+    assert container_for(container[0], nn.ReLU()) is fused_nn.ConvReLU2d
 
 
 @pytest.mark.parametrize(
