@@ -1,1 +1,1 @@
-"""Fake quantization while training: observers, schemes, and the modules that simulate a fold while they learn."""
+"""Fake quantization: observers, schemes, and modules that simulate a fold while they learn."""
