@@ -43,6 +43,7 @@ from fusecli.jobs.in_memory import (
     names_of,
     new_biases,
     require_folds,
+    resting,
 )
 from fusecli.jobs.plan import listing
 from fusecli.jobs.proof import float64_fold, reported
@@ -50,14 +51,15 @@ from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.source import Source, folder_of, vocabulary_of
 from fusecli.jobs.verdicts import STATUS, failures, recorded
 from fusecli.jobs.weight_ranges import weight_range
-from fusecli.outcome import Judgement, LedgerEntry, Outcome, Proposal, Verdict
+from fusecli.outcome import Judgement, LedgerEntry, Mode, Outcome, Proposal, Verdict
 from fusecli.rewrite import ModuleTree
+from fusecli.rules import all_rules
 from fusecli.sample import Sample
 from fusecli.spec import Spec, read_spec, spec_from_mapping
 from fusecli.spec.model import Shared, Target
 from fusecli.spec.wildcards import bind_groups, bind_lists
 
-__all__ = ["fuse", "fuse_modules", "load_fused", "plan", "verify"]
+__all__ = ["fuse", "fuse_modules", "fuse_modules_qat", "load_fused", "plan", "verify"]
 
 _log = logging.getLogger("fusecli")
 AdapterFile = str | Path | Mapping[str, Any]
@@ -84,19 +86,46 @@ def fuse_modules(
     verified; `fuse` does that. Raises UsageError for names that do not exist, RefusedError for groups that
     cannot be fused.
     """
-    additional = (fuse_custom_config_dict or {}).get("additional_fuser_method_mapping", {})
+    return _fused(model, modules_to_fuse, inplace, fuser_func, fuse_custom_config_dict, "folded")
+
+
+def fuse_modules_qat(
+    model: nn.Module,
+    modules_to_fuse: Groups,
+    inplace: bool = False,
+    fuser_func: Callable[..., Sequence[nn.Module]] | None = None,
+    fuse_custom_config_dict: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """`model` with the groups in containers (fusecli.nn.ConvBnReLU2d, ...), to be trained with simulated
+    quantization: a drop-in for torch.ao.quantization.fuse_modules_qat, with its child layout.
+
+    Arguments as for `fuse_modules`. Nothing is folded: the norms go on learning. The model stays in train
+    mode; raises RefusedError for members that are in eval mode, and for what no container takes.
+    """
+    return _fused(model, modules_to_fuse, inplace, fuser_func, fuse_custom_config_dict, "qat")
+
+
+def _fused(
+    model: nn.Module,
+    modules_to_fuse: Groups,
+    inplace: bool,
+    fuser_func: Callable[..., Sequence[nn.Module]] | None,
+    config: Mapping[str, Any] | None,
+    mode: Mode,
+) -> nn.Module:
+    additional = (config or {}).get("additional_fuser_method_mapping", {})
     if fuser_func is not None:
-        return _with_fuser_func(model, modules_to_fuse, inplace, fuser_func, additional)
+        return _with_fuser_func(model, modules_to_fuse, inplace, fuser_func, additional, mode)
     tree = ModuleTree(model)
     groups = [Group(g.modules, g.where) for g in bind_lists(modules_to_fuse, names_of(tree))]
-    planned = planned_groups(tree, groups, _vocabulary(additional))
+    planned = planned_groups(tree, groups, _vocabulary(additional, mode))
     rewrites, refused = compute_all(tree, planned.decisions)
-    refused = [*planned.refused, *refused]
+    refused = [*planned.refused, *refused, *(resting(tree, planned.decisions) if mode == "qat" else ())]
     if refused:
         raise RefusedError(*(Problem(no.reason, " + ".join(no.group), no.remedy) for no in refused))
-    if training := [entry.where for entry in in_train_mode(model)]:
+    if mode == "folded" and (training := [entry.where for entry in in_train_mode(model)]):
         _log.warning("%d modules were in train mode; set to eval: %s", len(training), ", ".join(training))
-    fused, lost = applied(model, planned.decisions, rewrites, inplace=inplace)
+    fused, lost = applied(model, planned.decisions, rewrites, inplace=inplace, mode=mode)
     for entry in lost:
         _log.warning("%s: %s %s", entry.where, entry.kind, entry.what)
     return fused
@@ -111,6 +140,7 @@ def fuse(
     discover: bool | None = None,
     target: Target | None = None,
     shared: Shared | None = None,
+    qat: bool | None = None,
     bake: bool | None = None,
     adapter: AdapterFile | None = None,
     allow_code: Iterable[str] = (),
@@ -122,13 +152,14 @@ def fuse(
     spec      a Spec, a path or a dict: groups, extra mappings, exclude and the seed are taken from it
     discover  also fuse what the dataflow offers, for `target` "inference" or "quant"; None: as the spec says
     shared    "clone": a module or weight with several names is given a copy for each one that can be folded
+    qat       as fuse_modules_qat does: containers that are trained; verified in train mode too
     bake      layers whose weight is computed (weight_norm, a pruning mask) are made plain, then folded
     adapter   a LoRA adapter that is added first: its file, or {"file": ..., "scale": ...} as in a spec
 
     The outcome holds the same facts as the JSON report of `fusecli fuse`. A group that cannot be fused is in
     `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
     """
-    read = _spec(spec, groups, discover=discover, target=target, shared=shared, bake=bake)
+    read = _spec(spec, groups, discover=discover, target=target, shared=shared, qat=qat, bake=bake)
     model, ledger = _with_adapter(model, read, adapter)
     source = Source(as_checkpoint(model), lambda: duplicate(model))
     source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
@@ -162,6 +193,8 @@ def fuse(
     while True:
         try:
             fold = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
+            if read.qat and (still := resting(tree, fold.decisions)):
+                raise Refused(still)
         except Refused as no:
             return replace(
                 before,
@@ -184,7 +217,7 @@ def fuse(
         rewrites, _ = compute_all(tree, fold.decisions)
         for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
             fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
-        fused, lost = applied(model, fold.decisions, rewrites, inplace=False)
+        fused, lost = applied(model, fold.decisions, rewrites, inplace=False, mode=read.mode)
         verdict, checks = _judged(model, fused, fold, sample, read.verify.seed)
         failed = failures(fold, checks)
         if verdict.judgement is not Judgement.DIFFERENT or not failed or not choice.may_drop(failed):
@@ -205,7 +238,7 @@ def fuse(
         verification=verdict,
         ledger=(
             *ledger,
-            *in_train_mode(model),
+            *(in_train_mode(model) if read.mode == "folded" else ()),
             *facts.statistics_ledger(source.checkpoint, fold.members),
             *facts.own_ledger(needed(source.owns, fold.decisions)),
             *facts.caveat_ledger(fold.decisions, facts.seen(run)),
@@ -284,6 +317,9 @@ def verify(
         return judge_foreign(copied(original), copied(fused), sample, seed)
     original = apart(original, ModuleTree(fused).own_copies)
     source = Source(as_checkpoint(original), lambda: duplicate(original))
+    known = {rule.name for rule in all_rules()}
+    if any(not rules_in(rule) <= known for rule in names.values()):
+        source.vocabulary = replace(source.vocabulary, mode="qat")
     plain = ModuleTree(fused).made_plain
     source.bakes = dict.fromkeys(plain, "bake") | computed_layers(
         ModuleTree(original), source.vocabulary, plain
@@ -321,6 +357,7 @@ def _judged(
         folded=fold.folded,
         foreign=fold.foreign,
         partly_fused=partly_fused,
+        names=fold.keymap if fold.source.vocabulary.mode == "qat" else None,
     )
     return judge(subject, [sample], seed=seed)
 
@@ -331,12 +368,13 @@ def _with_fuser_func(
     inplace: bool,
     fuser_func: Callable[..., Sequence[nn.Module]],
     additional: Mapping[Any, Any],
+    mode: Mode,
 ) -> nn.Module:
     model = model if inplace else duplicate(model)
     tree = ModuleTree(model)
     made: list[tuple[str, nn.Module]] = []
     for group in bind_lists(modules_to_fuse, names_of(tree)):
-        modules = list(fuser_func([tree[path] for path in group.modules], False, dict(additional)))
+        modules = list(fuser_func([tree[path] for path in group.modules], mode == "qat", dict(additional)))
         if len(modules) != len(group.modules):
             message = f"fuser_func returned {len(modules)} modules for {len(group.modules)}"
             raise UsageError(Problem(message, " + ".join(group.modules)))
@@ -360,12 +398,12 @@ def _with_adapter(
     return adapted(model, adapter), [adapter.entry]
 
 
-def _vocabulary(additional: Mapping[Any, Any]) -> Vocabulary:
+def _vocabulary(additional: Mapping[Any, Any], mode: Mode) -> Vocabulary:
     fusers = []
     for sequence, function in additional.items():
         types = sequence if isinstance(sequence, tuple) else (sequence,)
         fusers.append(CustomFuser(types, getattr(function, "__qualname__", repr(function)), function))
-    return Vocabulary(tuple(fusers))
+    return Vocabulary(tuple(fusers), mode=mode)
 
 
 def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | None, **given: Any) -> Spec:

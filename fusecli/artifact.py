@@ -14,22 +14,41 @@ from fusecli import rewrite
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
+from fusecli.outcome import Mode
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
 
 _MOST_NAMES = 3
 
 
-def load_fused(model: nn.Module, path: str | Path, *, allow_code: Iterable[str] = ()) -> nn.Module:
-    """`model` with the edits and the tensors of the artifact at `path`, in eval mode.
+def load_fused(
+    model: nn.Module, path: str | Path, *, mode: Mode | None = None, allow_code: Iterable[str] = ()
+) -> nn.Module:
+    """`model` with the edits and the tensors of the artifact at `path`: in eval mode, or in train mode if it
+    was fused for training (`qat: true`).
 
     `model` is freshly built by the class that the original checkpoint belongs to; it is changed in place and
     returned. Loading is strict. Parameters take the stored dtype and stay on their device; meta ones come to
-    the CPU. An artifact made by a custom fuser needs that code, and `allow_code` naming its package or file.
+    the CPU. With `mode`, "folded" or "qat", an artifact of the other kind is refused.
+    An artifact made by a custom fuser needs that code, and `allow_code` naming its package or file.
     Raises UsageError where model and artifact do not belong together, UnsafeError for a file that is no
     artifact or names code that nobody allowed.
     """
     with open_checkpoint(path) as checkpoint:
+        if mode is not None:
+            require_mode(manifest_of(checkpoint), mode, str(checkpoint.path))
         return load_into(model, checkpoint, lambda: Consent.gather(allow_code))
+
+
+def require_mode(manifest: Manifest, mode: Mode, where: str) -> None:
+    """Raises UsageError for an artifact that was made for the other purpose."""
+    if manifest.mode == mode:
+        return
+    said = {
+        "qat": ("is folded, its norms are gone: it cannot be trained as QAT is", "with qat: true"),
+        "folded": ("is to be trained (qat), its norms are not folded", "without qat, once it is trained"),
+    }
+    what, how = said[mode]
+    raise UsageError(Problem(f"the artifact {what}", where, f"fuse the checkpoint {how}"))
 
 
 def load_into(
@@ -41,12 +60,12 @@ def load_into(
     where = str(artifact.path)
     if any(isinstance(edit, Opaque) for edit in edits):
         model.eval()  # as the members were when fuse called the fuser
-        edits = tuple(_with_fuser(edit, model, consent(), folder) for edit in edits)
+        edits = tuple(_with_fuser(edit, model, consent(), folder, manifest.mode) for edit in edits)
     replay(model, edits, where)
     load_strictly(model, loaded(artifact), where)
     custom = any(isinstance(edit, Opaque) for edit in edits)
     ModuleTree(model).note_groups({group.planned: group.rule for group in manifest.groups}, custom=custom)
-    model.eval()
+    model.train(manifest.mode == "qat")
     return model
 
 
@@ -181,13 +200,13 @@ def tie(model: nn.Module, ties: list[list[str]]) -> None:
             model.get_submodule(path)._parameters[attribute] = parameter
 
 
-def _with_fuser(edit: Edit, model: nn.Module, consent: Consent, folder: Path | None) -> Edit:
+def _with_fuser(edit: Edit, model: nn.Module, consent: Consent, folder: Path | None, mode: str) -> Edit:
     """An opaque edit with the module that its fuser makes of the fresh members."""
     if not isinstance(edit, Opaque):
         return edit
     fuser = load_object(edit.fuser, consent, folder)
     try:
-        result = fuser(False, *(model.get_submodule(path) for path in edit.members))
+        result = fuser(mode == "qat", *(model.get_submodule(path) for path in edit.members))
     except Exception as error:  # whatever somebody's fuser may raise, and members that are not there
         raise UsageError(Problem(f"raised {type(error).__name__}: {error}", f"fuser {edit.fuser}")) from error
     if not isinstance(result, nn.Module):

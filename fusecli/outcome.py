@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from fusecli.errors import ExitCode
 
 SCHEMA_VERSION = 1
+
+
+# What an artifact is for: inference, with its norms folded, or training that simulates quantization.
+Mode = Literal["folded", "qat"]
 
 
 class Judgement(str, Enum):

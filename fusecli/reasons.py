@@ -165,6 +165,28 @@ _MATHEMATICS = (
         "Leave the activation out of the group: the norm is folded and the activation stays where it is.",
     ),
     Reason(
+        "no-training-container",
+        "No container takes these layers for training with simulated quantization (`qat: true`).",
+        "While it trains, such a container computes with fake_quantize(s W), where s is the scale of the "
+        "norm: the weight that will be folded. For a transposed convolution or another norm nobody has "
+        "defined it, and a checkpoint trained otherwise would not be what it seems.",
+        "Leave the group out of this spec. After training, the norm is folded like any other.",
+    ),
+    Reason(
+        "no-affine",
+        "The norm has no gamma and beta (affine=False), and is to be trained beside its layer.",
+        "Simulated quantization scales the weight by s = gamma / sqrt(var + eps) before it is quantized, and "
+        "learns gamma. Without one there is nothing to learn or to load.",
+        "Build the norm with affine=True; gamma 1 and beta 0 are the same function.",
+    ),
+    Reason(
+        "eval-mode",
+        "The model is to be fused for training, and some of the members are in eval mode.",
+        "In eval mode a norm neither learns statistics nor uses those of the batch: training would go on, "
+        "and fit the weights to statistics that never change.",
+        "Call model.train() first. For inference leave out qat: then the norms are folded.",
+    ),
+    Reason(
         "bias-not-read",
         "The layer has no bias, and nothing reads one if it is given one.",
         "The shift t = beta - mean s of the norm goes into the bias. A forward that calls F.conv2d(x, "

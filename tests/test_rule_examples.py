@@ -71,7 +71,7 @@ def test_the_file_loads_into_the_class_again(rule: str, tmp_path: Path) -> None:
     build = runpy.run_path(str(CONFIGS / "rules" / "nets.py"))[rule]
     original, fresh = build().eval(), build().eval()
     original.load_state_dict(load_file(CONFIGS / "rules" / f"{rule}.safetensors"))
-    loaded = load_fused(fresh, tmp_path / "fused.safetensors")
+    loaded = load_fused(fresh, tmp_path / "fused.safetensors").eval()
     x = torch.randn(spec["inputs"][0]["shape"], generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         assert torch.allclose(loaded(x), original(x), rtol=1e-3, atol=1e-4)

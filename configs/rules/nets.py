@@ -40,12 +40,25 @@ def conv_transpose_bn() -> nn.Module:
     return chain(conv=up, bn=nn.BatchNorm2d(8))
 
 
+def conv_bn_qat() -> nn.Module:
+    conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+    return chain(conv=conv, bn=nn.BatchNorm2d(8), act=nn.Hardswish())
+
+
+def conv_bn_relu_qat() -> nn.Module:
+    return chain(conv=nn.Conv1d(4, 8, 5, padding=4, dilation=2), bn=nn.BatchNorm1d(8), relu=nn.ReLU())
+
+
 def conv_relu() -> nn.Module:
     return chain(conv=nn.Conv2d(4, 8, 3, padding=1, groups=4), relu=nn.ReLU())
 
 
 def linear_bn() -> nn.Module:
     return chain(linear=nn.Linear(6, 10), bn=nn.BatchNorm1d(10, affine=False))
+
+
+def linear_bn_qat() -> nn.Module:
+    return chain(linear=nn.Linear(6, 10), bn=nn.BatchNorm1d(10, momentum=0.3))
 
 
 def linear_bn_relu() -> nn.Module:

@@ -64,6 +64,7 @@ def fuse(
             help="Fail (exit 4) if less of the norms with running statistics is folded.",
         ),
     ] = None,
+    qat: options.Qat = False,
     bake: options.Bake = False,
     rules: options.Rules = None,
     no_rules: options.NoRules = None,
@@ -104,6 +105,7 @@ def fuse(
             no_rules=no_rules,
             allow_restructure=allow_restructure,
             remove_idle=remove_idle,
+            qat=qat,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

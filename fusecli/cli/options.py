@@ -91,6 +91,15 @@ RemoveIdle = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+Qat = Annotated[
+    bool,
+    typer.Option(
+        "--qat",
+        help="Fuse for training with simulated quantization: layers, norms and ReLUs go into containers, and "
+        "nothing is folded.",
+        rich_help_panel=_RUN,
+    ),
+]
 Bake = Annotated[
     bool,
     typer.Option(

@@ -12,7 +12,7 @@ from fusecli.equivalence.groups import Pass
 from fusecli.equivalence.regions import Region
 from fusecli.errors import NotFoldable
 from fusecli.graph.kinds import kind_of
-from fusecli.outcome import Evidence, Refusal
+from fusecli.outcome import Evidence, Mode, Refusal
 from fusecli.rewrite import Rewrite
 
 Modules = Mapping[str, nn.Module]
@@ -57,6 +57,7 @@ class Vocabulary:
     rules        the names of the rules that may be used; None: all
     restructure  whether a layer may become one of another class, where only that is exact
     clone        whether a layer may be stored several times, where several norms want it
+    mode         what is made: a folded model, or one that is trained with simulated quantization
     """
 
     fusers: tuple[CustomFuser, ...] = ()
@@ -64,6 +65,7 @@ class Vocabulary:
     rules: frozenset[str] | None = None
     restructure: bool = False
     clone: bool = False
+    mode: Mode = "folded"
 
     def kind(self, module: nn.Module) -> str:
         return kind_of(module, self.treat.get(type(module)))

@@ -69,8 +69,10 @@ def discover(
     offered = _offered(tree, groups, listed, vocabulary, run)
     if target == "quant":
         longer = search.with_activations(offered.decisions)
-        offered = _offered(tree, longer, listed, vocabulary, run)
-    offered = search.widened(offered, left, lambda found: _offered(tree, found, listed, vocabulary, run))
+        refused, offered = offered.refused, _offered(tree, longer, listed, vocabulary, run)
+        offered = replace(offered, refused=(*refused, *offered.refused))
+    if vocabulary.mode == "folded":
+        offered = search.widened(offered, left, lambda found: _offered(tree, found, listed, vocabulary, run))
     for no in offered.refused:
         left[no.group[-1]] = _unfused(search.audit.member(no.group[-1]), no)
     fused = {path for decision in offered.decisions for path in decision.members}

@@ -10,14 +10,15 @@ from fusecli.engine.decisions import CustomFuser, Modules
 from fusecli.equivalence.probe import changed_shape
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.materialise import with_tensors
+from fusecli.outcome import Mode
 from fusecli.rewrite import Opaque, Rewrite
 
 
-def opaque(custom: CustomFuser, members: tuple[str, ...]) -> Callable[[Modules], Rewrite]:
+def opaque(custom: CustomFuser, members: tuple[str, ...], mode: Mode) -> Callable[[Modules], Rewrite]:
     def rewrite(modules: Modules) -> Rewrite:
         # The fuser works on copies: it may change its arguments, and another group may still be refused.
         copies = [with_tensors(modules[path], lambda _, old: old.clone()) for path in members]
-        result = call_fuser(custom, copies)
+        result = call_fuser(custom, copies, mode)
         wrong = changed_shape([modules[path] for path in members], result)
         require(not wrong, "fuser-error", f"what fuser {custom.name} returned {wrong}")
         tensors = {f"{members[0]}.{name}": tensor for name, tensor in result.state_dict().items()}
@@ -26,10 +27,10 @@ def opaque(custom: CustomFuser, members: tuple[str, ...]) -> Callable[[Modules],
     return rewrite
 
 
-def call_fuser(custom: CustomFuser, modules: Sequence[nn.Module]) -> nn.Module:
+def call_fuser(custom: CustomFuser, modules: Sequence[nn.Module], mode: Mode) -> nn.Module:
     """What a custom fuser returns; its mistakes are refusals that carry its name."""
     try:
-        result = custom.function(False, *modules)
+        result = custom.function(mode == "qat", *modules)
     except Exception as error:  # whatever somebody's code may raise
         message = f"fuser {custom.name} raised {type(error).__name__}: {error}"
         raise NotFoldable("fuser-error", message) from error

@@ -23,7 +23,7 @@ from fusecli.equivalence.regions import Region
 from fusecli.errors import NotFoldable, Problem, UsageError, require
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_norm, without_statistics
 from fusecli.graph.record import Run
-from fusecli.outcome import Evidence, Refusal
+from fusecli.outcome import Evidence, Mode, Refusal
 from fusecli.rewrite import ModuleTree, Rewrite
 from fusecli.rules import Rule, all_rules
 from fusecli.rules._member import Member as Operand
@@ -95,8 +95,11 @@ class _Planner:
                 self.uses.require_single(member.path, member.module)
         if custom := self.vocabulary.fuser(modules):
             found = self._observed(group, members, custom=True)
-            decision = Decision(group, custom.name, opaque(custom, group.modules), group.modules, custom=True)
+            rewrite = opaque(custom, group.modules, self.vocabulary.mode)
+            decision = Decision(group, custom.name, rewrite, group.modules, custom=True)
             return self._with(decision, found), found
+        if self.vocabulary.mode == "qat":
+            return self._chain(group, members)
         if self.audit is not None and group.modules[1:] == () and group.modules[0] in self._idle:
             return idle_decision(self.audit, group), None
         try:
@@ -163,14 +166,15 @@ class _Planner:
 
     def _chain(self, group: Group, members: Sequence[Member]) -> tuple[Decision, Found | None]:
         # An identity or a dropout between two members does nothing at inference; it stays where it is.
-        acting = [member for member in members if member.kind != "nothing"]
-        rule, taken = _chosen(acting, self.vocabulary.may_use(group))
+        acting = [member for member in members if not self._does_nothing(member)]
+        rule, taken = _chosen(acting, self.vocabulary.may_use(group), self.vocabulary.mode)
         spared: tuple[Refusal, ...] = ()
         try:
             found = self._observed(group, taken)
         except NotFoldable as no:
             # The norm folds all the same where only the activation behind it has to stay.
-            shorter = _rule_for(tuple(m.kind for m in taken[:-1]), self.vocabulary.may_use(group))
+            kinds = tuple(m.kind for m in taken[:-1])
+            shorter = _rule_for(kinds, self.vocabulary.may_use(group), self.vocabulary.mode)
             if no.code != "multiple-consumers" or taken[-1].kind != "relu" or shorter is None:
                 raise
             spared = (refusal(Group((taken[-1].path,), group.where), no, rule.name),)
@@ -181,6 +185,11 @@ class _Planner:
         kept = tuple(path for path in group.modules if path not in names)
         decision = Decision(group, rule.name, _by_rule(rule, taken), names, kept, spared=spared)
         return self._with(decision, found), found
+
+    def _does_nothing(self, member: Member) -> bool:
+        """A dropout does nothing at inference, and only there."""
+        trains = self.vocabulary.mode == "qat"
+        return member.kind == "nothing" and not (trains and type(member.module) is not nn.Identity)
 
     def _require_replaceable(self, path: str) -> None:
         ends = [i for i, letter in enumerate(path) if letter == "."]
@@ -268,12 +277,18 @@ def _by_rule(rule: Rule, members: Sequence[Member]) -> Callable[[Modules], Rewri
     return rewrite
 
 
-def _chosen(acting: Sequence[Member], allowed: frozenset[str] | None) -> tuple[Rule, Sequence[Member]]:
+def _chosen(
+    acting: Sequence[Member], allowed: frozenset[str] | None, mode: Mode
+) -> tuple[Rule, Sequence[Member]]:
     """The rule for these members, and those of them that it takes."""
-    rule = _rule_for(tuple(member.kind for member in acting), allowed)
+    kinds = tuple(member.kind for member in acting)
+    rule = _rule_for(kinds, allowed, mode)
     if rule is None:
-        off = _rule_for(tuple(member.kind for member in acting), None)
+        off = _rule_for(kinds, None, mode)
         require(off is None, "rule-off", f"{off.name if off else ''} would fold it and is turned off")
+        folds = mode == "folded" or _rule_for(kinds, None, "folded") is None
+        classes = " -> ".join(type(member.module).__name__ for member in acting)
+        require(folds, "no-training-container", f"no container trains {classes} as one")
         raise _no_rule(acting)
     for member in acting[len(rule.pattern) :]:
         require(
@@ -306,8 +321,8 @@ _BACKWARD = ("padding-border", "transposed-shift", "tied-weights")
 
 
 @cache
-def _rule_for(kinds: tuple[str, ...], allowed: frozenset[str] | None) -> Rule | None:
-    fitting = [rule for rule in all_rules() if rule.listed and rule.matches(kinds)]
+def _rule_for(kinds: tuple[str, ...], allowed: frozenset[str] | None, mode: Mode) -> Rule | None:
+    fitting = [rule for rule in all_rules(mode) if rule.listed and rule.matches(kinds)]
     fitting = [rule for rule in fitting if allowed is None or rule.name in allowed]
     return max(fitting, key=lambda rule: len(rule.pattern), default=None)
 

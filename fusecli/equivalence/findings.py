@@ -17,6 +17,7 @@ import torch
 from fusecli.equivalence.compare import Difference
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.noise import drifts, tolerance
+from fusecli.equivalence.training import Training
 from fusecli.outcome import Judgement, Verdict
 
 
@@ -42,6 +43,7 @@ class Findings:
     broken: list[str] = field(default_factory=list)
     disk: str = ""
     runs: int = 0
+    training: Training | None = None
 
     def note_stored(self, wrong: Sequence[str], total: int) -> None:
         """The result of comparing `total` stored tensors; `wrong` are the keys of those that do not hold."""
@@ -115,6 +117,8 @@ def _differences(found: Findings, different: Sequence[GroupCheck]) -> list[str]:
     if found.too_far and not found.broken:
         noise = f"10 times the noise floor {found.noise or 0.0:.1e}"
         reasons.append(f"drift {found.drift or math.inf:.1e} is above {noise}")
+    trains = found.training is None or found.training.judgement is not Judgement.DIFFERENT
+    reasons += [] if trains else [f"in train mode {found.training.said}"]  # type: ignore[union-attr]
     return [*reasons, *found.broken, *found.misstored]
 
 
@@ -130,6 +134,7 @@ def _doubts(found: Findings, groups: Sequence[GroupCheck]) -> list[str]:
     return [
         *found.erratic,
         *found.unmeasured,
+        *([found.training.doubt] if found.training and found.training.doubt else []),
         *(f"{' + '.join(check.members)}: {check.why}" for check in unsure),
     ]
 
@@ -151,6 +156,7 @@ def _results(found: Findings) -> dict[str, Judgement]:
         "drift": result(found.too_far, bool(found.unmeasured)),
         "power": result(False, blind),
         "from disk": result(bool(found.misstored), not found.disk),
+        **({"training": found.training.judgement} if found.training else {}),
     }
 
 
@@ -169,4 +175,5 @@ def _sentences(found: Findings) -> dict[str, str]:
         "drift": f"{drift}, too far" if found.too_far else drift,
         "power": f"{noticed} of {total} groups ran and notice 1 % of error in their weights",
         "from disk": found.disk,
+        **({"training": found.training.said} if found.training else {}),
     }

@@ -13,6 +13,7 @@ from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.noise import narrowest
 from fusecli.equivalence.stored import misstored
 from fusecli.equivalence.subject import Subject, with_exact_tensors
+from fusecli.equivalence.training import judge_training
 from fusecli.equivalence.trial import NoTwin, Trial
 from fusecli.graph.materialise import duplicate
 from fusecli.outcome import Verdict
@@ -55,6 +56,10 @@ def judge(
             break
         found.runs += 1
         trial.locate()
+    if subject.names is not None and found.runs:
+        tick("training")
+        twins = duplicate(subject.original).double(), with_exact_tensors(subject)
+        found.training = judge_training(*twins, subject.names, samples, seed)
     return verdict_of(found, seed), found.checks
 
 

@@ -24,6 +24,7 @@ class Subject:
     passes            for each group, the calls that belong together (see equivalence.groups.observed)
     regions           for each group that is no chain, the part of the recorded run that it is
     folded, foreign   state-dict keys of the fold, and of them those a custom fuser computed
+    names             where it is to be trained: the name in `fused` of a tensor of `original`
     partly_fused      builds `exact` with the first n groups only, to find the one that breaks the whole
     """
 
@@ -36,6 +37,7 @@ class Subject:
     foreign: Collection[str] = ()
     regions: tuple[Region | None, ...] = ()
     partly_fused: Callable[[int], nn.Module] | None = None
+    names: Callable[[str], str | None] | None = None
 
     @property
     def shapes(self) -> tuple[Region | None, ...]:

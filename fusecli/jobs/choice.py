@@ -159,8 +159,9 @@ def chosen(
             raise UsageError(Problem("discovery runs the model, and its code is not known", "discover", fix))
         return Choice(modules, asked)
     names = NameTree([path for path in tree.modules if path], spec.exclude)
+    target = "quant" if spec.qat else spec.target  # containers are all that training asks for
     try:
-        offer = discover(tree, run, vocabulary, listed=asked, excluded=names.excluded, target=spec.target)
+        offer = discover(tree, run, vocabulary, listed=asked, excluded=names.excluded, target=target)
     except UsageError:
         if spec.discover:
             raise

@@ -175,7 +175,7 @@ def manifest_for(fold: Fold, input_sha256: str, **facts: Any) -> Manifest:
         for decision, hints in zip(fold.decisions, fold.hints, strict=True)
     )
     return Manifest(
-        "folded",
+        fold.source.vocabulary.mode,
         groups,
         tuple(edit for rewrite in fold.rewrites for edit in rewrite.edits),
         input_sha256,

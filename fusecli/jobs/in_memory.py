@@ -16,20 +16,27 @@ from fusecli.graph.materialise import duplicate
 from fusecli.graph.memory import same_memory
 from fusecli.jobs.adapter import Adapter, dress
 from fusecli.jobs.fold import Fold, Refused
-from fusecli.outcome import LedgerEntry
+from fusecli.outcome import LedgerEntry, Mode, Refusal
 from fusecli.rewrite import Bias, Identity, ModuleTree, Rewrite, Zero, apply_rewrite
 
 
 def applied(
-    model: nn.Module, decisions: Sequence[Decision], rewrites: Sequence[Rewrite], *, inplace: bool
+    model: nn.Module,
+    decisions: Sequence[Decision],
+    rewrites: Sequence[Rewrite],
+    *,
+    inplace: bool,
+    mode: Mode = "folded",
 ) -> tuple[nn.Module, list[LedgerEntry]]:
-    """`model`, or a copy of it, with the rewrites done, and what was lost."""
+    """`model`, or a copy of it, with the rewrites done, and what was lost; in eval mode, unless it is to be
+    trained."""
     if not inplace:
         # Weights that get a new value need no copy: until then the copy holds the original's own.
         new = replaced(rewrites)
         shared = {id(p): p for name, p in model.named_parameters() if name in new}
         model = duplicate(model, shared)
-    model.eval()
+    if mode == "folded":
+        model.eval()
     tree = ModuleTree(model)
     lost = [entry for rewrite in rewrites for entry in apply_rewrite(tree, rewrite)]
     if decisions:
@@ -82,6 +89,18 @@ def as_checkpoint(model: nn.Module) -> Checkpoint:
         if hasattr(tensor, "dtype")
     }
     return Checkpoint(Path("(in memory)"), "in memory", tensors, ())
+
+
+def resting(tree: ModuleTree, decisions: Iterable[Decision]) -> list[Refusal]:
+    """The groups that are to be trained and have members in eval mode."""
+    found = []
+    for decision in decisions:
+        names = [path for path in decision.members if not tree[path].training]
+        if names:
+            what = f"it is to be trained, and in eval mode: {', '.join(names)}"
+            remedy = "call model.train() first; without qat the norms are folded"
+            found.append(Refusal(decision.group.modules, "eval-mode", what, decision.rule, (), remedy))
+    return found
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -47,6 +47,7 @@ def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Ve
     assert source.build is not None
     original = source.original()
     fused = load_into(source.build(), artifact, lambda: proof.consent)
+    fused.eval()
 
     def partly_fused(count: int) -> nn.Module:
         return float64_fold(original, fold.decisions[:count])
@@ -61,6 +62,7 @@ def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Ve
         folded=fold.folded,
         foreign=fold.foreign,
         partly_fused=partly_fused,
+        names=fold.keymap if source.vocabulary.mode == "qat" else None,
     )
     verdict, checks = judge(subject, proof.samples, seed=proof.seed, tick=proof.tick)
     stored = verdict.check_results["from disk"] is Judgement.EQUIVALENT

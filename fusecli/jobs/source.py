@@ -166,9 +166,8 @@ def _source_of(checkpoint: Checkpoint, spec: Spec, consent: Consent) -> Source:
     build = _factory(spec, consent)
     if build is None and checkpoint.module is not None:
         module = checkpoint.module
-        return Source(
-            checkpoint, lambda: duplicate(module), vocabulary_of(spec, consent), _train_mode(module)
-        )
+        ledger = _train_mode(module) if spec.mode == "folded" else []
+        return Source(checkpoint, lambda: duplicate(module), vocabulary_of(spec, consent), ledger)
     return Source(checkpoint, build, vocabulary_of(spec, consent))
 
 
@@ -194,7 +193,7 @@ def vocabulary_of(spec: Spec, consent: Consent) -> Vocabulary:
                 extra.as_ or "", consent, folder
             )
     return Vocabulary(
-        tuple(fusers), treat, _chosen_rules(spec), spec.allow_restructure, spec.shared == "clone"
+        tuple(fusers), treat, _chosen_rules(spec), spec.allow_restructure, spec.shared == "clone", spec.mode
     )
 
 

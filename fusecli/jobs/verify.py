@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
-from fusecli.artifact import artifact_at, manifest_of
+from fusecli.artifact import artifact_at, manifest_of, require_mode
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent
-from fusecli.engine import Group, rules_in
+from fusecli.engine import Group, Vocabulary, rules_in
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
@@ -114,17 +114,19 @@ def _structure(
     bakes = {edit.path: "bake" for edit in manifest.edits if isinstance(edit, Plain)}
     source = Source(checkpoint, None)
     _require_adapter(spec, manifest, fused)
+    if spec is not None and spec.qat:
+        require_mode(manifest, "qat", str(fused))
     if spec is not None or checkpoint.module is not None:
         source = source_of(checkpoint, spec or Spec(), consent)
         source.owns, source.bakes = owns, {**bakes, **_adapted(source)}
         # What was done is judged, not whether this spec would do it.
-        source.vocabulary = replace(source.vocabulary, rules=None)
+        source.vocabulary = replace(source.vocabulary, rules=None, mode=manifest.mode)
         if source.build is not None:
             named = (path for group in groups for path in group.modules)
             _require_modules([*bakes, *named], source.build(), fused)
             return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
-    known = {rule.name for rule in all_rules() if rule.listed} | {"bake", "lora"}
+    known = {rule.name for rule in all_rules(manifest.mode) if rule.listed} | {"bake", "lora"}
     blind += [group.modules[0] for group in manifest.groups if not rules_in(group.rule) <= known]
     blind += bakes.keys() - _adapted(source).keys()
     if blind:
@@ -132,7 +134,8 @@ def _structure(
         raise UsageError(Problem(what, str(fused), "give --spec, whose model.factory builds the model"))
     relus = {edit.members[-1]: nn.ReLU() for edit in manifest.edits if isinstance(edit, Container)}
     skeleton, _ = planted(checkpoint, groups, {}, relus)
-    plain = Source(checkpoint, None, owns=owns, ledger=source.ledger, adapter=source.adapter)
+    learnt = Vocabulary(mode=manifest.mode)
+    plain = Source(checkpoint, None, learnt, source.ledger, owns, adapter=source.adapter)
     dressed(plain, skeleton)
     return plain, skeleton, groups
 

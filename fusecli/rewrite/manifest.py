@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from fusecli.errors import Problem, UnsafeError
 from fusecli.nn import container_class
-from fusecli.outcome import Evidence
+from fusecli.outcome import Evidence, Mode
 from fusecli.rewrite.edits import (
     Bias,
     Bordered,
@@ -72,15 +72,16 @@ class GroupRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`mode` says what the artifact is good for: "folded" (inference); QAT containers have their own word.
+    """What was done, and to what.
 
+    mode              "folded": for inference; "qat": to be trained with simulated quantization
     spec_sha256       of the spec as it was resolved (jobs.fold.resolved_sha256)
     ties              names of the original checkpoint that were the very same memory
     adapter_sha256    of the adapter that is part of the weights; "": there is none
     key, strip_prefix how the original checkpoint has to be opened, as it was found
     """
 
-    mode: str
+    mode: Mode
     groups: tuple[GroupRecord, ...]
     edits: tuple[Edit, ...]
     input_sha256: str = ""
@@ -121,8 +122,10 @@ class Manifest:
                         "use the fusecli that wrote it, or fuse again",
                     )
                 )
+            if document["mode"] not in get_args(Mode):
+                raise ValueError(f"the mode is {document['mode']!r}")
             return cls(
-                mode=str(document["mode"]),
+                mode=document["mode"],
                 groups=tuple(_group_from_dict(group) for group in document["groups"]),
                 edits=tuple(_edit_from_dict(edit) for edit in document["edits"]),
                 input_sha256=str(document["input_sha256"]),

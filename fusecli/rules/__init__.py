@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusecli.outcome import Mode
+
 if TYPE_CHECKING:
     from fusecli.rewrite import Rewrite
 
@@ -32,6 +34,7 @@ class Rule:
     equation      which of the four equations of the algebra it is; "none" where nothing is computed
     restructures  whether a layer becomes one of another class: only where the user allows it
     clones        whether a layer is stored several times: only with `shared: clone`
+    modes         for which kinds of artifact it is; a norm that is to be trained is not folded
     """
 
     name: str
@@ -40,6 +43,7 @@ class Rule:
     equation: str = "fold_output"
     restructures: bool = False
     clones: bool = False
+    modes: tuple[Mode, ...] = ("folded",)
 
     @property
     def listed(self) -> bool:
@@ -61,14 +65,20 @@ _RULES: dict[str, Rule] = {}
 
 
 def rule(
-    *pattern: str, equation: str = "fold_output", restructures: bool = False, clones: bool = False
+    *pattern: str,
+    equation: str = "fold_output",
+    restructures: bool = False,
+    clones: bool = False,
+    modes: tuple[Mode, ...] = ("folded",),
 ) -> Callable[[Callable[..., Rewrite]], Callable[..., Rewrite]]:
     """Makes the function below it the rule of its file."""
     if equation not in EQUATIONS:
         raise ValueError(f"{equation!r} is none of {EQUATIONS}")
 
     def register(function: Callable[..., Rewrite]) -> Callable[..., Rewrite]:
-        _RULES[function.__name__] = Rule(function.__name__, pattern, function, equation, restructures, clones)
+        _RULES[function.__name__] = Rule(
+            function.__name__, pattern, function, equation, restructures, clones, modes
+        )
         return function
 
     return register
@@ -87,10 +97,15 @@ def describe(name: str) -> str:
 
 
 @cache
-def all_rules() -> tuple[Rule, ...]:
-    """Every rule in the order they are tried: by equation, the longest pattern first, so that a group finds
-    the rule that takes most of it. It does not depend on the order of imports."""
+def all_rules(mode: Mode = "folded") -> tuple[Rule, ...]:
+    """Every rule of a mode in the order they are tried: by equation, the longest pattern first, so that a
+    group finds the rule that takes most of it. It does not depend on the order of imports."""
     for name in names():
         importlib.import_module(f"fusecli.rules.{name}")
     order = {name: number for number, name in enumerate(EQUATIONS)}
-    return tuple(sorted(_RULES.values(), key=lambda r: (order[r.equation], -len(r.pattern), r.name)))
+    return tuple(
+        sorted(
+            (each for each in _RULES.values() if mode in each.modes),
+            key=lambda r: (order[r.equation], -len(r.pattern), r.name),
+        )
+    )

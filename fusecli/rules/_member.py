@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusecli.algebra import ChannelAffine, LinearOp, fold_input, fold_output, round_once
 from fusecli.errors import require
-from fusecli.graph.kinds import is_exact
+from fusecli.graph.kinds import is_exact, without_statistics
 from fusecli.graph.lift import adapter_of, channel_affine, linear_op, lowered, sizes_of
 from fusecli.graph.materialise import materialised
 from fusecli.nn import container_for
@@ -162,6 +163,19 @@ class Member:
     def leaves_children(self, layer: Member) -> Rewrite:
         """The norm is gone, its submodules stay in their order."""
         return Rewrite(edits=(Remainder(self.path, layer.path, self.children),))
+
+    def trained_with(self, norm: Member, *others: Member) -> Rewrite:
+        """As `contained_with`, for a norm that goes on learning; a quantizer that simulates the fold needs
+        its gamma and its running statistics."""
+        missing = without_statistics(norm.module)
+        require(missing is None, *(missing or ("no-statistics", "")))
+        learns = norm.module._parameters.get("weight") is not None
+        require(learns, "no-affine", f"{norm.path} has no gamma and beta to learn (affine=False)")
+        layer: Any = self.module
+        outputs = layer.out_features if self.kind == "linear" else layer.out_channels
+        features = norm.module._buffers["running_mean"].numel()  # type: ignore[union-attr]  # it is there
+        require(outputs == features, "shape", f"{self.path} has {outputs} channels, {norm.path} {features}")
+        return self.contained_with(norm, *others)
 
     def contained_with(self, *others: Member) -> Rewrite:
         """All move into the fusecli.nn container made for them."""

@@ -15,6 +15,6 @@ from fusecli.rules import rule
 from fusecli.rules._member import Member
 
 
-@rule("norm", "relu", equation="none")
+@rule("norm", "relu", equation="none", modes=("folded", "qat"))
 def bn_relu(norm: Member, relu: Member) -> Rewrite:
     return norm.contained_with(relu)

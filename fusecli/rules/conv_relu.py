@@ -15,6 +15,6 @@ from fusecli.rules import rule
 from fusecli.rules._member import Member
 
 
-@rule("conv", "relu", equation="none")
+@rule("conv", "relu", equation="none", modes=("folded", "qat"))
 def conv_relu(conv: Member, relu: Member) -> Rewrite:
     return conv.contained_with(relu)

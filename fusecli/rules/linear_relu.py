@@ -15,6 +15,6 @@ from fusecli.rules import rule
 from fusecli.rules._member import Member
 
 
-@rule("linear", "relu", equation="none")
+@rule("linear", "relu", equation="none", modes=("folded", "qat"))
 def linear_relu(linear: Member, relu: Member) -> Rewrite:
     return linear.contained_with(relu)

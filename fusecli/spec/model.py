@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, PrivateAttr, field_validator
+from pydantic import AfterValidator, BeforeValidator, PrivateAttr, field_validator, model_validator
+from typing_extensions import Self
 
+from fusecli.outcome import Mode
 from fusecli.spec import nodes
 from fusecli.spec.adapter import Adapter
 from fusecli.spec.code import ExtraMapping, Model
@@ -74,6 +76,7 @@ Shared = Literal["refuse", "clone"]
 class Spec(Part):
     """Everything a spec file says, with defaults filled in.
 
+    qat       put layers and norms into containers that are trained with simulated quantization
     discover  also fuse what the dataflow offers
     target    what discovery is for: "inference" folds norms, "quant" puts a ReLU into a container too
     bake      layers whose weight is computed (weight_norm, a pruning mask) are made plain, and then folded
@@ -132,12 +135,21 @@ class Spec(Part):
             )
         return version
 
-    @field_validator("qat")
-    @classmethod
-    def _no_qat_yet(cls, qat: bool) -> bool:
-        if qat:
-            raise problem("QAT fusion is not available yet", "write qat: false")
-        return qat
+    @property
+    def mode(self) -> Mode:
+        """What is made: a folded model, or one that is trained with simulated quantization."""
+        return "qat" if self.qat else "folded"
+
+    @model_validator(mode="after")
+    def _qat_folds_nothing(self) -> Self:
+        folding = ("bake", "adapter", "remove_idle", "allow_restructure")
+        stray = [name for name in folding if self.qat and getattr(self, name)]
+        if self.qat and self.shared == "clone":
+            stray.append("shared: clone")
+        if stray:
+            what = f"{' and '.join(stray)} cannot go with qat: true, which trains and folds nothing"
+            raise problem(what, "fold for inference once it is trained, with a spec without qat")
+        return self
 
     @field_validator("inputs")
     @classmethod

@@ -39,4 +39,4 @@ def test_a_bad_spec_never_imports_torch(tmp_path: Path, text: str) -> None:
     problem, imported, own = run.stdout.splitlines()
     assert problem.startswith(f"{spec}:1:")
     assert imported == "imported: []"
-    assert own == "fusecli: ['fusecli.errors', 'fusecli.reasons']"  # the closed list is plain data
+    assert own == "fusecli: ['fusecli.errors', 'fusecli.outcome', 'fusecli.reasons']"

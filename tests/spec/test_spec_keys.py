@@ -74,7 +74,7 @@ REFUSED = {
         "version: 2",
         "1:10: version 2 is unknown to this fusecli, which knows 1; write version: 1",
     ),
-    "qat": ("qat: true", "1:6: QAT fusion is not available yet; write qat: false"),
+    "qat": ("qat: true\nbake: true", "1:1: bake cannot go with qat: true, which trains and folds nothing"),
     "discover": ("discover: maybe", "1:11: "),
     "bake": ("bake: yes", "1:7: true or false is expected"),
     "no adapter file": ("adapter: {scale: 2}", "1:1: key 'file' is missing"),
