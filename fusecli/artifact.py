@@ -62,7 +62,8 @@ def load_into(
         model.eval()  # as the members were when fuse called the fuser
         edits = tuple(_with_fuser(edit, model, consent(), folder, manifest.mode) for edit in edits)
     replay(model, edits, where)
-    load_strictly(model, loaded(artifact), where)
+    state = {name: value for name, value in loaded(artifact).items() if name not in manifest.learned}
+    load_strictly(model, state, where)
     custom = any(isinstance(edit, Opaque) for edit in edits)
     ModuleTree(model).note_groups({group.planned: group.rule for group in manifest.groups}, custom=custom)
     model.train(manifest.mode == "qat")

@@ -11,7 +11,6 @@ import typer
 from fusecli.cli import options
 from fusecli.cli.reports import Failed, Reports, finish
 from fusecli.cli.screen import dialogue
-from fusecli.errors import Problem, UsageError
 from fusecli.outcome import Outcome
 
 
@@ -64,7 +63,8 @@ def fuse(
             help="Fail (exit 4) if less of the norms with running statistics is folded.",
         ),
     ] = None,
-    qat: options.Qat = False,
+    qat: options.Qat = None,
+    eps: options.Eps = None,
     bake: options.Bake = False,
     rules: options.Rules = None,
     no_rules: options.NoRules = None,
@@ -89,9 +89,6 @@ def fuse(
     def work() -> Outcome:
         from fusecli.spec.typed import spec_from_options
 
-        if spec is None and not discover:
-            fix = "give --spec fuse.yaml, or --discover with --model and --input"
-            raise UsageError(Problem("nothing says what to fuse", "fusecli fuse", fix))
         # Before torch is imported: a slip in the spec is told at once.
         parsed = spec_from_options(
             spec,
@@ -106,6 +103,7 @@ def fuse(
             allow_restructure=allow_restructure,
             remove_idle=remove_idle,
             qat=qat,
+            eps=eps,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

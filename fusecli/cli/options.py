@@ -92,11 +92,20 @@ RemoveIdle = Annotated[
     ),
 ]
 Qat = Annotated[
-    bool,
+    Optional[bool],  # noqa: UP045
     typer.Option(
-        "--qat",
+        "--qat/--no-qat",
         help="Fuse for training with simulated quantization: layers, norms and ReLUs go into containers, and "
         "nothing is folded.",
+        rich_help_panel=_RUN,
+    ),
+]
+Eps = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        "--assume-eps",
+        help="The eps of norms that no module can be asked for; a state dict does not hold it.",
+        min=0,
         rich_help_panel=_RUN,
     ),
 ]

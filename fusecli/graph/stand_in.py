@@ -89,8 +89,8 @@ def _norm(path: str, shapes: Shapes, hints: Hints, rank: int) -> nn.Module:
                 Problem(
                     f"the eps of {path} is not in a state dict, and it is never guessed",
                     hints.where,
-                    "add eps to the group ({modules: [...], eps: 1.0e-5}), or assume: {eps: 1.0e-5}, "
-                    "or model.factory",
+                    "add eps to the group ({modules: [...], eps: 1.0e-5}), or assume: {eps: 1.0e-5} "
+                    "(--assume-eps), or model.factory",
                 )
             )
         hints.assumed.append((path, f"eps {eps:g}, as the spec assumes"))

@@ -18,15 +18,25 @@ from torch import Tensor, nn
 from fusecli.algebra.blocks import undivided
 from fusecli.checkpoint import write_pt, write_safetensors
 from fusecli.engine import Decision, Group, Plan, alone, baking, compute, owning, plan, refusal
-from fusecli.errors import NotFoldable, UsageError
+from fusecli.errors import NotFoldable, Problem, UsageError
 from fusecli.graph.kinds import kind_of
 from fusecli.graph.materialise import with_tensors
 from fusecli.graph.record import Run
 from fusecli.graph.stand_in import hints_of
+from fusecli.jobs.learned import Learned, learned
 from fusecli.jobs.source import Source
 from fusecli.jobs.weight_ranges import Ranges, weight_range
 from fusecli.outcome import GroupReport, LedgerEntry, Refusal
-from fusecli.rewrite import MANIFEST_KEY, GroupRecord, KeyMap, Manifest, ModuleTree, Rewrite, apply_edits
+from fusecli.rewrite import (
+    MANIFEST_KEY,
+    GroupRecord,
+    KeyMap,
+    Manifest,
+    ModuleTree,
+    Rewrite,
+    TrainedRecord,
+    apply_edits,
+)
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -52,6 +62,7 @@ class Fold:
     hints: list[dict[str, Any]]
     modules: dict[str, nn.Module]
     layout: Layout = field(default_factory=dict)
+    learned: Learned = field(default_factory=Learned)
     ranges: dict[int, Ranges] = field(default_factory=dict)
 
     @property
@@ -106,6 +117,10 @@ def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group], run: Run
             for decision in planned.decisions
             for path in decision.members
         },
+    )
+    trained = {path for d in planned.decisions for path in d.members} if source.trained else set()
+    fold.learned = learned(
+        source, planned.decisions, {path: source.member(path, tree[path]) for path in trained}
     )
     fold.layout = _layout(fold)
     return fold
@@ -184,8 +199,16 @@ def manifest_for(fold: Fold, input_sha256: str, **facts: Any) -> Manifest:
         key=checkpoint.nesting or "",
         strip_prefix=checkpoint.prefixes,
         adapter_sha256=fold.source.adapter.sha256 if fold.source.adapter else "",
+        trained=_trained(fold),
         **facts,
     )
+
+
+def _trained(fold: Fold) -> TrainedRecord | None:
+    trained = fold.source.trained
+    if trained is None:
+        return None
+    return TrainedRecord(trained.layout, dict(trained.norms), fold.learned.records)
 
 
 def resolved_sha256(groups: Iterable[GroupRecord]) -> str:
@@ -244,7 +267,10 @@ def _layout(fold: Fold) -> Layout:
         new = keymap(key)
         assert new is not None
         layout[new] = (tensor.dtype, tuple(tensor.shape))
-    return layout
+    if clash := sorted(layout.keys() & fold.learned.tensors.keys()):
+        what = f"the model has a tensor {clash[0]}, where a learned scale would stand"
+        raise UsageError(Problem(what, str(fold.source.checkpoint.path), "rename that module"))
+    return layout | {name: (t.dtype, tuple(t.shape)) for name, t in fold.learned.tensors.items()}
 
 
 def _below(key: str, paths: set[str]) -> bool:
@@ -271,6 +297,7 @@ def _stream(fold: Fold, tick: Callable[[str], None]) -> Iterator[tuple[str, Tens
             # The one before has been written by now; this one may still be on its way.
             written_before.release()
             written_before = stored
+    yield from fold.learned.tensors.items()
 
 
 def _folded(

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusecli.artifact import artifact_at, manifest_of
+from fusecli.artifact import artifact_at, manifest_of, require_mode
 from fusecli.checkpoint import Checkpoint, Staged, check_target, open_checkpoint, staged
 from fusecli.consent import Consent
 from fusecli.engine import Group, needed
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.dataflow import Recording
+from fusecli.graph.kinds import is_norm
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.adapter import protected as adapter_files
@@ -42,9 +43,10 @@ from fusecli.jobs.source import (
     planted,
     source_of,
 )
+from fusecli.jobs.trained import may_be_trained, read_trained, require_folding, trained_groups
 from fusecli.jobs.verdicts import STATUS, failures, judged, recorded, strictly
 from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused, Verdict
-from fusecli.rewrite import MANIFEST_KEY, ModuleTree
+from fusecli.rewrite import MANIFEST_KEY, Manifest, ModuleTree
 from fusecli.sample import Sample
 from fusecli.spec import Spec
 
@@ -85,12 +87,26 @@ def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: Non
     tick("opening the checkpoint")
     with _opened(request, spec) as checkpoint:
         outcome = Outcome("fuse", "refused", ExitCode.REFUSED, spec=facts.spec_facts(spec))
-        if MANIFEST_KEY in checkpoint.metadata:
-            return _fused_already(outcome, checkpoint)
+        manifest = manifest_of(checkpoint) if MANIFEST_KEY in checkpoint.metadata else None
+        if manifest is not None and manifest.mode == "folded":
+            return _fused_already(outcome, checkpoint, manifest, spec)
         _require_plain(checkpoint)
         source = source_of(checkpoint, spec, consent)
+        read_trained(source, spec, manifest)
+        _require_work(spec, source)
         outcome = _Job(request, spec, source, consent, tick, fmt, target).run(outcome)
-        return replace(outcome, input=facts.input_facts(checkpoint))
+        return replace(outcome, input=facts.input_facts(source.checkpoint))
+
+
+def _require_work(spec: Spec, source: Source) -> None:
+    """Raises UsageError where neither the spec nor the checkpoint says what to fuse."""
+    if source.trained is not None:
+        require_folding(spec, source)
+    elif spec.source is None and not (spec.discover or spec.groups):
+        fix = "give --spec fuse.yaml, or --discover with --model and --input"
+        if may_be_trained(source):
+            fix += "; containers of quantization-aware training are known by the groups that name them"
+        raise UsageError(Problem("nothing says what to fuse", str(source.checkpoint.path), fix))
 
 
 def _opened(request: FuseRequest, spec: Spec) -> Checkpoint:
@@ -124,8 +140,10 @@ def protected(spec: Spec) -> list[Path]:
     return [*filter(None, [spec.source]), *(folder_of(spec) / file for file in read), *adapter]
 
 
-def _fused_already(outcome: Outcome, checkpoint: Checkpoint) -> Outcome:
-    groups = len(manifest_of(checkpoint).groups)
+def _fused_already(outcome: Outcome, checkpoint: Checkpoint, manifest: Manifest, spec: Spec) -> Outcome:
+    if spec.qat:
+        require_mode(manifest, "qat", str(checkpoint.path))
+    groups = len(manifest.groups)
     return replace(
         outcome,
         status="nothing to fuse",
@@ -213,15 +231,22 @@ class _Job:
     def _structure(self) -> tuple[Any, list[Group]]:
         if self.source.build is not None:
             skeleton = self.source.skeleton()
-            names = [name for name, _ in skeleton.named_modules(remove_duplicate=False) if name]
-            return skeleton, groups_of(self.spec, names)
+            modules = dict(skeleton.named_modules(remove_duplicate=False))
+            groups = groups_of(self.spec, [name for name in modules if name])
+            if (trained := self.source.trained) is not None:
+                groups = trained_groups(trained, groups, lambda path: is_norm(modules[path]))
+            return skeleton, groups
         if self.spec.bake:
             fix = "give --model and --input, or model and inputs in the spec"
             where = self.spec.where(("bake",))
             raise UsageError(
                 Problem("the model's code computes its weights, and it is not known", where, fix)
             )
-        groups = groups_of(self.spec, module_names(self.source.checkpoint), optional_from=2)
+        known = module_names(self.source.checkpoint)
+        groups = groups_of(self.spec, known, optional_from=2)
+        if (trained := self.source.trained) is not None:
+            statistics = self.source.checkpoint.tensors
+            groups = trained_groups(trained, groups, lambda path: f"{path}.running_mean" in statistics)
         groups += adapted_groups(self.source, groups)
         skeleton, assumed = planted(self.source.checkpoint, groups, dict(self.spec.assume))
         self.assumed = assumed
@@ -272,6 +297,7 @@ class _Job:
         ) as stage:
             write_fold(fold, stage.path, self.fmt, manifest, self.tick)
             ledger = self.assumed + self.source.ledger + facts.statistics_ledger(checkpoint, fold.members)
+            ledger += fold.learned.ledger
             ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
             ledger += facts.own_ledger(needed(self.source.owns, fold.decisions))
             ledger += facts.caveat_ledger(fold.decisions, facts.seen(self.run_seen))

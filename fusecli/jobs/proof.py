@@ -69,7 +69,20 @@ def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Ve
     only_the_whole = stored and not any(check.judgement is Judgement.DIFFERENT for check in checks)
     if verdict.judgement is Judgement.DIFFERENT and only_the_whole and _builds_disagree(source, proof):
         verdict = _undetermined(verdict)
-    return verdict, checks
+    return _with_learned(verdict, mislearned(fold, artifact)), checks
+
+
+def _with_learned(verdict: Verdict, wrong: list[str]) -> Verdict:
+    if not wrong:
+        return verdict
+    said = f"learned scales are not those of the checkpoint: {', '.join(wrong[:3])}"
+    return replace(
+        verdict,
+        judgement=Judgement.DIFFERENT,
+        reasons=(*verdict.reasons, said),
+        checks={**verdict.checks, "from disk": said},
+        check_results={**verdict.check_results, "from disk": Judgement.DIFFERENT},
+    )
 
 
 def _builds_disagree(source: Source, proof: Proof) -> bool:
@@ -121,7 +134,7 @@ def prove_alone(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict
         check, misstored = judge_alone(members, decision.rewrite, stored, proof.seed)
         found.checks.append(check)
         wrong += [names.get(key, key) for key in misstored]
-    wrong += _changed(fold, artifact)
+    wrong += [*_changed(fold, artifact), *mislearned(fold, artifact)]
     found.note_stored(wrong, len(artifact.tensors))
     return verdict_of(found, proof.seed), found.checks
 
@@ -137,6 +150,15 @@ def _changed(fold: Fold, artifact: Checkpoint) -> list[str]:
         if not _same_bits(original.load(), artifact.tensors[new].load()):
             changed.append(str(new))
     return changed
+
+
+def mislearned(fold: Fold, artifact: Checkpoint) -> list[str]:
+    """Keys of learned scales and zero points that the artifact has not got as they are."""
+    return [
+        name
+        for name, tensor in fold.learned.tensors.items()
+        if name not in artifact.tensors or not _same_bits(tensor, artifact.tensors[name].load())
+    ]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from fusecli.spec import Spec
 from fusecli.spec.groups import GroupSpec
 from fusecli.spec.wildcards import bind_groups
 
+if TYPE_CHECKING:
+    from fusecli.jobs.trained import Trained
+
 _BUILT = "_fusecli_built"  # on a model that a factory has made
 
 
@@ -38,6 +41,7 @@ class Source:
     owns   modules that share their tensors in that class, and are given a copy of their own
     bakes  layers whose weight is computed, and that are made plain, with the rule that does it
     adapter  what is added to the model of that class, before anything is made of it
+    trained  what quantization-aware training had made of the checkpoint, before it was read as a float one
     """
 
     checkpoint: Checkpoint
@@ -47,6 +51,7 @@ class Source:
     owns: list[str] = field(default_factory=list)
     bakes: dict[str, str] = field(default_factory=dict)
     adapter: Adapter | None = None
+    trained: Trained | None = None
     _computed: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def skeleton(self) -> nn.Module:
@@ -54,12 +59,7 @@ class Source:
 
         Raises UsageError where the checkpoint does not belong to the model.
         """
-        assert self.build is not None
-        try:
-            with torch.device("meta"):
-                model = self.build()
-        except UsageError:
-            model = self.build()  # a factory that computes with its weights cannot be built without numbers
+        model = self.blank()
         self._restore_names(model)
         self._prepare(model)
         ties = ties_of(model)  # moving a module makes a parameter of each of its names
@@ -72,6 +72,15 @@ class Source:
         model.eval()  # by itself: a class may have a train() that returns nothing
         self.bake(model)
         return model
+
+    def blank(self) -> nn.Module:
+        """A fresh model, on the meta device where its code allows that."""
+        assert self.build is not None
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except UsageError:
+            return self.build()  # a factory that computes with its weights cannot be built without numbers
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:

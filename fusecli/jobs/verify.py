@@ -24,6 +24,7 @@ from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, p
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, dressed, planted, source_of
+from fusecli.jobs.trained import read_as, read_trained
 from fusecli.jobs.verdicts import judged, recorded, strictly
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
 from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, ModuleTree, Opaque, Own, Plain, Remainder
@@ -59,7 +60,7 @@ def verify_file(
     with open_checkpoint(request.fused) as artifact:
         manifest = _manifest(request, artifact)
         with _original(request, manifest) as checkpoint:
-            source, skeleton, groups = _structure(checkpoint, spec, manifest, consent, request.fused)
+            source, skeleton, groups = _structure(checkpoint, spec, manifest, consent, artifact)
             return _verify(request, spec, source, skeleton, groups, manifest, artifact, consent, tick)
 
 
@@ -85,7 +86,9 @@ def _original(request: VerifyRequest, manifest: Manifest) -> Checkpoint:
             raise _no_original(request) from None
         raise
     if MANIFEST_KEY in checkpoint.metadata:
-        raise _no_original(request)
+        fused_to_train = manifest_of(checkpoint).mode == "qat"
+        if not (fused_to_train and manifest.trained is not None):
+            raise _no_original(request)
     return checkpoint
 
 
@@ -107,8 +110,9 @@ def _require_modules(paths: Iterable[str], model: nn.Module, fused: Path) -> Non
 
 
 def _structure(
-    checkpoint: Checkpoint, spec: Spec | None, manifest: Manifest, consent: Consent, fused: Path
+    checkpoint: Checkpoint, spec: Spec | None, manifest: Manifest, consent: Consent, artifact: Checkpoint
 ) -> tuple[Source, nn.Module, list[Group]]:
+    fused = artifact.path
     groups = [Group(g.planned, hints=g.hints, rules=rules_in(g.rule)) for g in manifest.groups]
     owns = list(dict.fromkeys(edit.path for edit in manifest.edits if isinstance(edit, Own)))
     bakes = {edit.path: "bake" for edit in manifest.edits if isinstance(edit, Plain)}
@@ -121,10 +125,11 @@ def _structure(
         source.owns, source.bakes = owns, {**bakes, **_adapted(source)}
         # What was done is judged, not whether this spec would do it.
         source.vocabulary = replace(source.vocabulary, rules=None, mode=manifest.mode)
-        if source.build is not None:
-            named = (path for group in groups for path in group.modules)
-            _require_modules([*bakes, *named], source.build(), fused)
-            return source, source.skeleton(), groups
+    _read_trained(source, spec or Spec(), manifest, artifact)
+    if source.build is not None:
+        named = (path for group in groups for path in group.modules)
+        _require_modules([*bakes, *named], source.build(), fused)
+        return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
     known = {rule.name for rule in all_rules(manifest.mode) if rule.listed} | {"bake", "lora"}
     blind += [group.modules[0] for group in manifest.groups if not rules_in(group.rule) <= known]
@@ -133,11 +138,21 @@ def _structure(
         what = f"{', '.join(blind[:3])} cannot be judged without the model's code"
         raise UsageError(Problem(what, str(fused), "give --spec, whose model.factory builds the model"))
     relus = {edit.members[-1]: nn.ReLU() for edit in manifest.edits if isinstance(edit, Container)}
-    skeleton, _ = planted(checkpoint, groups, {}, relus)
-    learnt = Vocabulary(mode=manifest.mode)
-    plain = Source(checkpoint, None, learnt, source.ledger, owns, adapter=source.adapter)
+    skeleton, _ = planted(source.checkpoint, groups, {}, relus)
+    plain = Source(source.checkpoint, None, Vocabulary(mode=manifest.mode), source.ledger, owns)
+    plain.adapter, plain.trained = source.adapter, source.trained
     dressed(plain, skeleton)
     return plain, skeleton, groups
+
+
+def _read_trained(source: Source, spec: Spec, manifest: Manifest, artifact: Checkpoint) -> None:
+    if manifest.trained is None:
+        return
+    checkpoint = source.checkpoint
+    if MANIFEST_KEY in checkpoint.metadata:
+        read_trained(source, spec, manifest_of(checkpoint))
+    else:
+        read_as(source, spec, manifest.trained.norms, artifact.tensors)
 
 
 def _adapted(source: Source) -> dict[str, str]:

@@ -65,6 +65,11 @@ def ratio(drift: float | None, noise_floor: float | None) -> float | None:
     return drift / noise_floor
 
 
+def trains(outcome: Outcome) -> bool:
+    """Whether what was made is to be trained: nothing is folded, and it was proven in train mode too."""
+    return outcome.verification is not None and "training" in outcome.verification.checks
+
+
 def claimed_groups(groups: Iterable[GroupReport]) -> tuple[GroupReport, ...]:
     return tuple(group for group in groups if group.evidence is Evidence.CLAIMED)
 

@@ -139,7 +139,10 @@ def _largest_error(groups: tuple[GroupReport, ...], verdict: Verdict) -> float |
 
 def _counts(outcome: Outcome) -> str:
     groups = facts.all_groups(outcome)
-    found = [f"{counted(len(groups), 'group')} {_VERBS.get(outcome.status, 'checked')}"] if groups else []
+    verb = _VERBS.get(outcome.status, "checked")
+    if verb == "folded" and facts.trains(outcome):
+        verb = "fused for training"
+    found = [f"{counted(len(groups), 'group')} {verb}"] if groups else []
     if outcome.refused:
         found.append(f"{len(outcome.refused):,} refused")
     if outcome.unfused:

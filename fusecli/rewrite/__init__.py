@@ -18,7 +18,13 @@ from fusecli.rewrite.edits import (
     Zero,
 )
 from fusecli.rewrite.keys import KeyMap
-from fusecli.rewrite.manifest import MANIFEST_KEY, GroupRecord, Manifest
+from fusecli.rewrite.manifest import (
+    MANIFEST_KEY,
+    GroupRecord,
+    Manifest,
+    QuantizerRecord,
+    TrainedRecord,
+)
 from fusecli.rewrite.tree import ModuleTree, plant
 
 __all__ = [
@@ -37,9 +43,11 @@ __all__ = [
     "Own",
     "Passed",
     "Plain",
+    "QuantizerRecord",
     "Remainder",
     "Resize",
     "Rewrite",
+    "TrainedRecord",
     "Zero",
     "apply_edits",
     "apply_rewrite",

@@ -71,6 +71,31 @@ class GroupRecord:
 
 
 @dataclass(frozen=True)
+class QuantizerRecord:
+    """A scale and a zero point that were learned: the tensors `of`.scale and `of`.zero_point.
+
+    of        what they quantize: "conv.weight", "conv.output"
+    rescaled  learned for the weight before its norm was folded, and multiplied with it
+    """
+
+    of: str
+    rescaled: bool = False
+
+    @property
+    def tensors(self) -> tuple[str, str]:
+        return f"{self.of}.scale", f"{self.of}.zero_point"
+
+
+@dataclass(frozen=True)
+class TrainedRecord:
+    """What a checkpoint of quantization-aware training held: see jobs.trained."""
+
+    layout: str
+    norms: Mapping[str, str]
+    quantizers: tuple[QuantizerRecord, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What was done, and to what.
 
@@ -78,6 +103,7 @@ class Manifest:
     spec_sha256       of the spec as it was resolved (jobs.fold.resolved_sha256)
     ties              names of the original checkpoint that were the very same memory
     adapter_sha256    of the adapter that is part of the weights; "": there is none
+    trained           what quantization-aware training had made of the original checkpoint
     key, strip_prefix how the original checkpoint has to be opened, as it was found
     """
 
@@ -91,6 +117,13 @@ class Manifest:
     key: str = ""
     strip_prefix: tuple[str, ...] = ()
     adapter_sha256: str = ""
+    trained: TrainedRecord | None = None
+
+    @property
+    def learned(self) -> frozenset[str]:
+        """The tensors of the artifact that are no part of the model."""
+        quantizers = self.trained.quantizers if self.trained else ()
+        return frozenset(name for quantizer in quantizers for name in quantizer.tensors)
 
     def to_json(self) -> str:
         """Sorted keys, no timestamps, no paths: the same work gives the same bytes."""
@@ -106,6 +139,7 @@ class Manifest:
             "key": self.key,
             "strip_prefix": list(self.strip_prefix),
             "adapter_sha256": self.adapter_sha256,
+            **({"trained": asdict(self.trained)} if self.trained else {}),
         }
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
@@ -135,6 +169,7 @@ class Manifest:
                 key=str(document["key"]),
                 strip_prefix=_names(document["strip_prefix"]),
                 adapter_sha256=str(document.get("adapter_sha256", "")),
+                trained=_trained(document["trained"]) if "trained" in document else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UnsafeError(
@@ -176,6 +211,12 @@ def _group_from_dict(document: dict[str, Any]) -> GroupRecord:
         kept=kept,
         hints=_hints(document["hints"]),
     )
+
+
+def _trained(document: dict[str, Any]) -> TrainedRecord:
+    norms = {str(layer): str(norm) for layer, norm in document["norms"].items()}
+    quantizers = (QuantizerRecord(str(q["of"]), bool(q["rescaled"])) for q in document["quantizers"])
+    return TrainedRecord(str(document["layout"]), norms, tuple(quantizers))
 
 
 def _hints(values: Any) -> dict[str, Any]:

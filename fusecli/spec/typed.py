@@ -34,7 +34,8 @@ def spec_from_options(
     no_rules: str | None = None,
     allow_restructure: bool = False,
     remove_idle: bool = False,
-    qat: bool = False,
+    qat: bool | None = None,
+    eps: float | None = None,
 ) -> Spec:
     """The spec in the file at `path`, or an empty one, with what was typed in place of what it says.
 
@@ -58,8 +59,10 @@ def spec_from_options(
             if not typed[key]:
                 option = f"--{key.replace('_', '-')}"
                 raise UsageError(Problem(f"'{names}' names no rule", option, "'fusecli rules' lists all"))
-    if qat:
-        typed["qat"] = True
+    if qat is not None:
+        typed["qat"] = qat
+    if eps is not None:
+        typed["assume"] = {"eps": eps}
     if remove_idle:
         typed["remove_idle"] = True
     if allow_restructure:

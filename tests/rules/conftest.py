@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,11 +22,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def torch_ao() -> TorchAo:
-    """torch.ao.quantization.fuse_modules; deprecated, so its warnings are no news."""
+    """torch.ao.quantization.fuse_modules; deprecated, so its warnings are no news. Skips where it is gone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization = pytest.importorskip("torch.ao.quantization")
 
     def fuse(model: nn.Module, names: object, **options: Any) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return importlib.import_module("torch.ao.quantization").fuse_modules(model, names, **options)
+            return quantization.fuse_modules(model, names, **options)
 
     return fuse

@@ -1,0 +1,220 @@
+"""A checkpoint that was trained with simulated quantization, read as the float model that it is.
+
+The norms inside its layers get the names that the model has for them; what quantizes weights and outputs is
+kept beside the model, as scales and zero points.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fusecli.checkpoint import StoredTensor
+from fusecli.checkpoint.qat_layout import QatLayout, qat_layout
+from fusecli.engine import Group, discover
+from fusecli.errors import Problem, UsageError
+from fusecli.graph.kinds import is_norm
+from fusecli.graph.record import Run
+from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.source import Source, module_names
+from fusecli.rewrite import Container, Manifest, ModuleTree
+from fusecli.spec import Spec
+from fusecli.spec.wildcards import bind_groups
+
+# What keeps the names that the checkpoint has: no container, and no layer but the one before a norm.
+_RULES = frozenset({"conv_bn", "conv_transpose_bn", "linear_bn"})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What there is besides a float checkpoint.
+
+    layout   "fused" or "prepared", as checkpoint.qat_layout has them
+    norms    for each layer with a norm inside the name of that norm in the model
+    scales   scale and zero point by what they quantize: "conv.weight", "conv.output"
+    folded   those of them that were learned for the folded weight
+    hints    what is known of the norms' groups and no tensor tells
+    """
+
+    layout: str
+    norms: Mapping[str, str]
+    scales: Mapping[str, tuple[StoredTensor, StoredTensor]] = field(default_factory=dict)
+    folded: frozenset[str] = frozenset()
+    hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def read_trained(source: Source, spec: Spec, manifest: Manifest | None = None) -> None:
+    """Where the checkpoint has been trained so, makes `source` one of the float model, with `trained` set.
+
+    manifest   that of an artifact which was fused to be trained
+    """
+    build = source.build
+    if spec.model is None:
+        source.build = None  # the class of a whole module is the one that was trained
+    if manifest is not None:
+        layout, norms = _of_manifest(manifest, source)
+    else:
+        found = _layout(source, spec)
+        if found is None:
+            source.build = build
+            return
+        layout, norms = found, _norms(source, spec, found.units)
+    hints: dict[str, Mapping[str, Any]] = {unit: _hints(source, unit) for unit in norms}
+    if manifest is not None:
+        hints |= {group.modules[0]: group.hints for group in manifest.groups}
+    _settle(source, layout, norms, hints)
+
+
+def read_as(source: Source, spec: Spec, norms: Mapping[str, str], plain: Collection[str]) -> None:
+    """`read_trained` with what an artifact's manifest says of the norms; `plain` are the artifact's keys."""
+    if spec.model is None:
+        source.build = None
+    layout = _recognised(source, lambda path: f"{path}.weight" in plain)
+    if layout is None:
+        what = "is not the checkpoint of quantization-aware training that the artifact was made from"
+        raise UsageError(Problem(what, str(source.checkpoint.path), "give the original first"))
+    _settle(source, layout, norms, {})
+
+
+def _settle(
+    source: Source, layout: QatLayout, norms: Mapping[str, str], hints: Mapping[str, Mapping[str, Any]]
+) -> None:
+    checkpoint, stored = source.checkpoint, source.checkpoint.tensors
+    renamed = {key: _named(name, norms) for key, name in layout.names.items()}
+    tensors = {new: replace(stored[key], name=new) for key, new in renamed.items()}
+    scales = {
+        what: (stored[quantizer.scale], stored[quantizer.zero_point])
+        for what, quantizer in layout.quantizers.items()
+    }
+    notice = f"trained with simulated quantization ({layout.kind}): read as float, {len(scales)} scales found"
+    ties = [tuple(renamed[key] for key in tie if key in renamed) for tie in checkpoint.ties]
+    source.checkpoint = replace(
+        checkpoint,
+        tensors=tensors,
+        ties=tuple(tie for tie in ties if len(tie) > 1),
+        notices=(*checkpoint.notices, notice),
+        module=None,
+    )
+    folded = frozenset(what for what, quantizer in layout.quantizers.items() if quantizer.folded)
+    source.trained = Trained(layout.kind, norms, scales, folded, hints)
+    allowed = source.vocabulary.rules
+    rules = _RULES if allowed is None else _RULES & allowed
+    source.vocabulary = replace(source.vocabulary, rules=rules)
+
+
+def _named(name: str, norms: Mapping[str, str]) -> str:
+    """The plain name of a tensor, that of a norm inside a layer below the norm's own."""
+    path, _, local = name.rpartition(".")
+    layer = path.removesuffix(".bn")
+    return f"{norms[layer]}.{local}" if path != layer and layer in norms else name
+
+
+def _recognised(source: Source, contains: Callable[[str], bool]) -> QatLayout | None:
+    shapes = {name: tensor.shape for name, tensor in source.checkpoint.tensors.items()}
+    try:
+        return qat_layout(shapes, contains)
+    except ValueError as error:
+        raise UsageError(Problem(str(error), str(source.checkpoint.path))) from error
+
+
+def may_be_trained(source: Source) -> bool:
+    """Whether the names could be those of containers: those of a Sequential look the same."""
+    return _recognised(source, lambda path: bool(path)) is not None
+
+
+def _layout(source: Source, spec: Spec) -> QatLayout | None:
+    if source.build is not None:
+        expected = source.blank().state_dict().keys()
+        return _recognised(source, lambda path: f"{path}.weight" in expected)
+    firsts = (re.escape(group.modules[0]).replace(r"\*", "[^.]*") for group in spec.groups)
+    listed = re.compile("|".join(firsts) or "(?!)")
+    return _recognised(source, lambda path: listed.fullmatch(path) is not None)
+
+
+def _of_manifest(manifest: Manifest, source: Source) -> tuple[QatLayout, dict[str, str]]:
+    """The layout of an artifact that fusecli made for training: its edits say which container holds what."""
+    containers = {edit.path: edit.members for edit in manifest.edits if isinstance(edit, Container)}
+    if len(containers) < len(manifest.edits):
+        what = "a custom fuser took part in it, and only that knows what its tensors are"
+        raise UsageError(Problem(what, str(source.checkpoint.path), "fold the original checkpoint"))
+    plain: dict[str, str] = {}
+    norms: dict[str, str] = {}
+    for key in source.checkpoint.tensors:
+        path = next((path for path in containers if key.startswith(f"{path}.")), "")
+        if not path:
+            plain[key] = key
+            continue
+        number, _, local = key[len(path) + 1 :].partition(".")
+        member = containers[path][int(number)]
+        plain[key] = f"{member}.{local}"
+        if local == "running_mean" and member != path:
+            norms[path] = member
+    return QatLayout("fused", plain, tuple(norms), {}, ()), norms
+
+
+def _norms(source: Source, spec: Spec, units: Sequence[str]) -> dict[str, str]:
+    """For each layer with a norm inside the name of that norm; raises UsageError where nothing says it."""
+    if source.build is None:
+        return _claimed(source, spec, units)
+    model = source.blank().eval()
+    tree = ModuleTree(model)
+    found: dict[str, str] = {}
+    for group in bind_groups(spec, [path for path in tree.modules if path], shared_last=True):
+        norm = next((path for path in group.modules[1:] if is_norm(tree[path])), None)
+        if norm is not None and group.modules[0] in units:
+            found[group.modules[0]] = norm
+    missing = [unit for unit in units if unit not in found]
+    if missing and spec.inputs:
+        run = Run(model, samples_of(spec, spec.verify.seed, 1)[0], source.build)
+        for offered in discover(tree, run, replace(source.vocabulary, rules=_RULES)).groups:
+            if offered.modules[0] in missing:
+                found[offered.modules[0]] = offered.modules[1]
+    if missing := [unit for unit in units if unit not in found]:
+        what = f"{missing[0]} holds a norm, and nothing says which one of the model it is"
+        fix = (
+            f"list the layer and its norm in groups: [{missing[0]}, ...], or give inputs to run the model on"
+        )
+        raise UsageError(Problem(what, str(source.checkpoint.path), fix))
+    return found
+
+
+def _claimed(source: Source, spec: Spec, units: Sequence[str]) -> dict[str, str]:
+    """Without the model's code: the names in the spec's groups, else those that torch.ao gives them."""
+    known = [*dict.fromkeys((*units, *module_names(source.checkpoint)))]
+    bound = bind_groups(spec, known, optional_from=1) if spec.groups else []
+    listed = {group.modules[0]: group.modules[1] for group in bound if len(group.modules) > 1}
+    return {unit: listed.get(unit, f"{unit}.bn") for unit in units}
+
+
+def _hints(source: Source, unit: str) -> dict[str, Any]:
+    """What a whole module that was saved tells of a layer and the norm inside."""
+    if source.checkpoint.module is None:
+        return {}
+    held = dict(source.checkpoint.module.named_modules())
+    norm = next((held[name] for name in (f"{unit}.bn", f"{unit}.1") if name in held), None)
+    return {"eps": norm.eps} if norm is not None and hasattr(norm, "eps") else {}
+
+
+def trained_groups(
+    trained: Trained, groups: Sequence[Group], holds_norm: Callable[[str], bool]
+) -> list[Group]:
+    """The groups that fold a norm, and those of the layers with a norm inside that nobody has listed."""
+    kept = [group for group in groups if any(map(holds_norm, group.modules[1:]))]
+    held = {path for group in kept for path in group.modules}
+    kept += [Group((layer, norm)) for layer, norm in trained.norms.items() if layer not in held]
+    return [_with_hints(group, trained) for group in kept]
+
+
+def _with_hints(group: Group, trained: Trained) -> Group:
+    hints = {**trained.hints.get(group.modules[0], {}), **{k: v for k, v in group.hints.items() if v}}
+    return replace(group, hints=hints)
+
+
+def require_folding(spec: Spec, source: Source) -> None:
+    """Raises UsageError where what was trained already is to be fused for training."""
+    if spec.qat:
+        what = "it has been fused for training already"
+        fix = "to fold it, give --no-qat, or a spec without qat: true"
+        raise UsageError(Problem(what, str(source.checkpoint.path), fix))
