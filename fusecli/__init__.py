@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusecli.api import fuse, fuse_modules, fuse_modules_qat, load_fused, plan, verify
+    from fusecli.api import fuse, fuse_modules, fuse_modules_qat, load_fused, plan, prepare_qat, verify
 
-__all__ = ["fuse", "fuse_modules", "fuse_modules_qat", "load_fused", "plan", "verify"]
+__all__ = ["fuse", "fuse_modules", "fuse_modules_qat", "load_fused", "plan", "prepare_qat", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,6 +52,7 @@ from fusecli.jobs.source import Source, folder_of, vocabulary_of
 from fusecli.jobs.verdicts import STATUS, failures, recorded
 from fusecli.jobs.weight_ranges import weight_range
 from fusecli.outcome import Judgement, LedgerEntry, Mode, Outcome, Proposal, Verdict
+from fusecli.qat import prepare_qat
 from fusecli.rewrite import ModuleTree
 from fusecli.rules import all_rules
 from fusecli.sample import Sample
@@ -59,7 +60,7 @@ from fusecli.spec import Spec, read_spec, spec_from_mapping
 from fusecli.spec.model import Shared, Target
 from fusecli.spec.wildcards import bind_groups, bind_lists
 
-__all__ = ["fuse", "fuse_modules", "fuse_modules_qat", "load_fused", "plan", "verify"]
+__all__ = ["fuse", "fuse_modules", "fuse_modules_qat", "load_fused", "plan", "prepare_qat", "verify"]
 
 _log = logging.getLogger("fusecli")
 AdapterFile = str | Path | Mapping[str, Any]

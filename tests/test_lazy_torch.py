@@ -91,7 +91,6 @@ def test_shell_completion(line, offered):
         (["fuse", "model.pt", "--spec", "bad.yaml"], 2, "did you mean 'groups'?"),
         (["fuse", "model.pt", "--spec", "none.yaml"], 2, "no such spec file"),
         (["verify", "model.pt", "fused.pt", "--spec", "bad.yaml"], 2, "did you mean 'groups'?"),
-        (["fuse", "model.pt"], 2, "--spec"),
         (["fuse", "model.pt", "--spec", "bad.yaml", "--report", "xml=x"], 2, "json=PATH or md=PATH"),
         (["rules", "conv_bm"], 2, "did you mean 'conv_bn'?"),
         (["explain", "overflw"], 2, "did you mean 'overflow'?"),
