@@ -176,11 +176,82 @@ class FileFacts:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Everything that one `fuse` or `verify` found: the same facts as the JSON report.
+class UnitReport:
+    """One unit of an int8 model: ops that compute on quantized values and give one.
 
-    status     "fused" | "partly fused" | "verified" | "planned" | "different" | "inconclusive" | "refused" |
-               "nothing to fuse" | "error"
+    name, kind    what its output is called, and its ops: 'conv2d+relu'
+    sqnr, cosine  of its output against the float model's, in dB and between -1 and 1; None: not measured
+    weight_range  largest over smallest per-channel weight range: above about 100 a hazard of int8
+    """
+
+    name: str
+    kind: str
+    modules: tuple[str, ...] = ()
+    sqnr: float | None = None
+    cosine: float | None = None
+    weight_range: float | None = None
+
+
+@dataclass(frozen=True)
+class FloatReport:
+    """An op that stays float, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EqualizedReport:
+    """Two layers in a row between which ranges were moved: the largest over the smallest channel range of the
+    first one's rows and the second one's columns, before and after."""
+
+    first: str
+    second: str
+    rows_before: float
+    rows_after: float
+    columns_before: float
+    columns_after: float
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What became int8, and how like the float model it is.
+
+    units         the worst first
+    sqnr ... top1 of the whole model's output, float against int8 (int8.comparison)
+    accuracy      share of right labels of the float, the fused and the int8 model; empty without labels
+    bytes         sizes of the float, the fused and the int8 model, as they are stored
+    latency       seconds per call of each, on this machine, measured side by side
+    asked         the thresholds that decide; empty: nobody has asked for any
+    calibration   what the ranges come from
+    exact         largest float64 error of equalisation; None: there was none
+    """
+
+    units: tuple[UnitReport, ...] = ()
+    left: tuple[FloatReport, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    calibration: str = ""
+    samples: int = 0
+    sqnr: float | None = None
+    cosine: float | None = None
+    worst_cosine: float | None = None
+    top1: float | None = None
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    latency: Mapping[str, float] = field(default_factory=dict)
+    asked: Mapping[str, float] = field(default_factory=dict)
+    equalized: tuple[EqualizedReport, ...] = ()
+    exact: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that one `fuse`, `verify` or `quantize` found: the same facts as the JSON report.
+
+    status     "fused" | "partly fused" | "quantized" | "verified" | "planned" | "different" |
+               "inconclusive" | "refused" | "nothing to fuse" | "error"
     recording  how the run was recorded that the groups were audited against; "" without one
     model      the fused copy (Python API only; never rendered)
     next_step  the exact command that verifies again, or what to do about a failure
@@ -203,6 +274,7 @@ class Outcome:
     problems: tuple[str, ...] = ()
     next_step: str = ""
     recording: str = ""
+    quantization: Quantization | None = None
     model: Any = field(default=None, repr=False, compare=False)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fusecli.cli import explain, fuse, inspect, plan, rules, schema, verify
+from fusecli.cli import explain, fuse, inspect, plan, quantize, rules, schema, verify
 from fusecli.cli.screen import print_bug, print_problems
 from fusecli.errors import ExitCode, FusecliError
 
@@ -33,12 +33,15 @@ for command in (
     fuse.fuse,
     verify.verify,
     plan.plan,
+    quantize.quantize,
     inspect.inspect,
     rules.rules,
     explain.explain,
     schema.schema,
 ):
-    app.command(epilog=EXIT_CODES if command in (fuse.fuse, verify.verify, plan.plan) else None)(command)
+    app.command(
+        epilog=EXIT_CODES if command in (fuse.fuse, verify.verify, plan.plan, quantize.quantize) else None
+    )(command)
 
 
 def _version(wanted: bool) -> None:

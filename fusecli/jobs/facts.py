@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,6 +35,11 @@ def input_facts(checkpoint: Checkpoint) -> FileFacts:
 def output_facts(path: object, written: Checkpoint) -> FileFacts:
     """The file that is (or would be) at `path`."""
     return FileFacts(str(path), written.format, written.nbytes, sha256_file(written.path))
+
+
+def file_facts(path: Path, fmt: str) -> FileFacts:
+    """A file as it is on disk."""
+    return FileFacts(str(path), fmt, path.stat().st_size, sha256_file(path))
 
 
 def spec_facts(spec: Spec) -> FileFacts | None:

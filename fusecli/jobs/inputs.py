@@ -76,14 +76,18 @@ def _drawn(entry: InputSpec, generator: torch.Generator, where: str) -> Tensor:
 
 
 def _from_file(entry: InputSpec, folder: Path, where: str) -> Tensor:
-    path, key = folder / (entry.file or ""), entry.key or ""
+    return read_tensor(entry.file or "", entry.key or "", folder, where)
+
+
+def read_tensor(name: str, key: str, folder: Path, where: str) -> Tensor:
+    """A tensor of a safetensors file relative to `folder`; raises UsageError naming those that it has."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(folder / name, framework="pt") as file:
             if key not in file.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
                 names = ", ".join(sorted(file.keys())[:5])
-                raise UsageError(Problem(f"{entry.file} has no tensor '{key}'", where, f"it has {names}"))
+                raise UsageError(Problem(f"{name} has no tensor '{key}'", where, f"it has {names}"))
             tensor: Tensor = file.get_tensor(key)
             return tensor.clone()
     except (OSError, SafetensorError) as error:
         fix = "give a safetensors file, relative to the spec"
-        raise UsageError(Problem(f"{entry.file} cannot be read: {error}", where, fix)) from error
+        raise UsageError(Problem(f"{name} cannot be read: {error}", where, fix)) from error

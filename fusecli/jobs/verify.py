@@ -22,10 +22,12 @@ from fusecli.jobs import facts
 from fusecli.jobs.choice import chosen
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold
 from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.int8 import facts_of
 from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, dressed, planted, source_of
 from fusecli.jobs.trained import read_as, read_trained
 from fusecli.jobs.verdicts import judged, recorded, strictly
+from fusecli.jobs.verify_int8 import Int8Request, verify_int8
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
 from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, ModuleTree, Opaque, Own, Plain, Remainder
 from fusecli.rules import all_rules
@@ -57,6 +59,9 @@ def verify_file(
     """The verdict on the artifact; raises UsageError and UnsafeError where the files cannot be judged."""
     spec = request.spec
     tick("opening the files")
+    if (said := facts_of(request.fused)) is not None:
+        again = Int8Request(request.checkpoint, request.fused, said, spec, request.allow_pickle, request.seed)
+        return verify_int8(again, consent, tick)
     with open_checkpoint(request.fused) as artifact:
         manifest = _manifest(request, artifact)
         with _original(request, manifest) as checkpoint:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fusecli.algebra import unpack
 from fusecli.algebra.blocks import BLOCK
-from fusecli.graph.kinds import kind_of
+from fusecli.graph.kinds import LAYER_KINDS, kind_of
 from fusecli.rewrite import Rewrite
 
 Ranges = tuple[float | None, float | None]
@@ -23,6 +23,14 @@ def weight_range(layer: nn.Module, rewrite: Rewrite, path: str) -> Ranges:
         return None, None
     groups, transposed = int(getattr(layer, "groups", 1)), kind_of(layer) == "conv_transpose"
     return _range(unpack(old.detach(), groups, transposed)), _range(unpack(new, groups, transposed))
+
+
+def channel_range(layer: nn.Module) -> float | None:
+    """The same of a layer as it is; None for what is no layer."""
+    weight, kind = layer._parameters.get("weight"), kind_of(layer)
+    if weight is None or kind not in LAYER_KINDS:
+        return None
+    return _range(unpack(weight.detach(), int(getattr(layer, "groups", 1)), kind == "conv_transpose"))
 
 
 def _range(weight: Tensor) -> float | None:

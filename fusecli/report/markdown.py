@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fusecli.outcome import GroupReport, Judgement, Outcome, Refusal
-from fusecli.report import facts
+from fusecli.report import facts, int8
 from fusecli.report.figures import ABSENT, difference, scientific, size, times, whole
 from fusecli.report.markdown_text import code, prose, table
 from fusecli.report.wording import MORE, grounds, headline, next_step
@@ -17,6 +17,7 @@ def as_markdown(outcome: Outcome) -> str:
     """The whole outcome as GitHub-flavoured Markdown; sections without content are left out."""
     sections: tuple[Callable[[Outcome], list[str]], ...] = (
         _verdict,
+        _int8,
         _groups,
         _remarks,
         _refused,
@@ -44,6 +45,37 @@ def _verdict(outcome: Outcome) -> list[str]:
     if step:
         lines.append(f"- **next** {code(step) if step.startswith('fusecli ') else prose(step)}")
     return [*lines, ""]
+
+
+def _int8(outcome: Outcome) -> list[str]:
+    found = outcome.quantization
+    if found is None:
+        return []
+    said = [("calibrated on", found.calibration), *int8.whole_model(found), ("asked", int8.thresholds(found))]
+    lines = ["### Int8", "", *(f"- **{what}** {prose(number)}" for what, number in said if number), ""]
+    rows = [
+        (what, *(values.get(name, ABSENT) for name in ("float", "fused", "int8")))
+        for what, values in int8.triples(found)
+    ]
+    lines += table(("", "float", "fused", "int8"), rows, "lrrr") if rows else []
+    units = [
+        (
+            code(unit.name),
+            code(unit.kind),
+            int8.decibels(unit.sqnr),
+            int8.cosine(unit.cosine),
+            int8.hazard(unit) or ABSENT,
+        )
+        for unit in found.units
+    ]
+    lines += (
+        table(("unit, worst first", "ops", "SQNR", "cosine", "forecast"), units, "llrrl") if units else []
+    )
+    left = [
+        (code(kind), ", ".join(map(code, places)), prose(reason))
+        for (kind, reason), places in int8.left_kinds(found.left).items()
+    ]
+    return lines + (table(("stays float", "where", "why"), left) if left else [])
 
 
 def _groups(outcome: Outcome) -> list[str]:

@@ -9,6 +9,7 @@ from fusecli.outcome import Judgement, Outcome, Refusal
 from fusecli.report import facts
 from fusecli.report.figures import counted, difference, size, whole
 from fusecli.report.group_table import print_groups
+from fusecli.report.int8 import print_int8
 from fusecli.report.marks import STYLES, mark
 from fusecli.report.page import Page, shortened
 from fusecli.report.wording import MORE, grounds, headline, next_step
@@ -27,7 +28,10 @@ def print_terminal(outcome: Outcome, console: Console) -> None:
     page = Page(console)
     page.line((shortened(page.show(_command(outcome)), page.width), "bold"))
     _files(page, outcome)
-    print_groups(page, facts.all_groups(outcome))
+    if outcome.quantization is None:
+        print_groups(page, facts.all_groups(outcome))
+    else:
+        print_int8(page, outcome.quantization)
     for section in (_refused, _unfused, _ledger, _totals, _checks, _verdict):
         section(page, outcome)
 
@@ -105,7 +109,7 @@ def _totals(page: Page, outcome: Outcome) -> None:
 def _checks(page: Page, outcome: Outcome) -> None:
     checks = outcome.verification.checks if outcome.verification else {}
     if checks:
-        page.title("Verification")
+        page.title("Verification" if outcome.quantization is None else "Verification of the fold")
     for name, said in checks.items():
         sign, style = mark(facts.check_result(outcome, name))
         page.hanging(f"{sign} {page.show(name)}", said, column=16, label_style=style)

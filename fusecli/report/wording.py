@@ -23,6 +23,7 @@ class Headline:
 _HEADLINES = {
     "fused": (Judgement.EQUIVALENT, "fused, equivalent"),
     "verified": (Judgement.EQUIVALENT, "verified, equivalent"),
+    "quantized": (Judgement.EQUIVALENT, "quantized, within its thresholds"),
     "planned": (None, "planned, nothing written"),
     "proposed": (None, "planned: a spec of all that is sound"),
     "partly fused": (Judgement.DIFFERENT, "partly fused: groups that failed verification were left out"),
@@ -31,6 +32,11 @@ _HEADLINES = {
     "refused": (Judgement.DIFFERENT, "refused"),
     "nothing to fuse": (None, "nothing to fuse"),
     "error": (Judgement.DIFFERENT, "error"),
+}
+_INT8 = {
+    "verified": "verified, within its thresholds",
+    "different": "below its thresholds",
+    "inconclusive": "inconclusive: no threshold decides",
 }
 _FAILURES = {
     ExitCode.USAGE: "error: the spec or the command line",
@@ -53,6 +59,8 @@ _REMEDIES = {
 def headline(outcome: Outcome) -> Headline:
     """The status as a verdict. A success that no check stands behind is not shown as one."""
     judgement, title = _HEADLINES.get(outcome.status, (None, outcome.status))
+    if outcome.quantization is not None:
+        return Headline(judgement, _INT8.get(outcome.status, title), _counts(outcome))
     if judgement is Judgement.EQUIVALENT and outcome.verification is None:
         judgement, title = None, f"{outcome.status}, not verified"
     elif judgement is Judgement.EQUIVALENT and facts.claimed_groups(facts.all_groups(outcome)):
@@ -120,11 +128,25 @@ def _claimed(outcome: Outcome) -> Iterator[tuple[str, str]]:
 
 
 def _written(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    if outcome.quantization is not None:
+        yield from _written_int8(outcome)
+        return
     if outcome.status in ("fused", "partly fused") and outcome.output is not None:
         yield "written", f"{outcome.output.path} ({size(outcome.output.bytes)})"
         yield "load with", "fusecli.load_fused, not load_state_dict: the structure changed"
     elif outcome.status not in ("fused", "partly fused", "verified", "planned") and _fuses(outcome):
         yield "written", "nothing"
+
+
+def _written_int8(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    if outcome.command != "quantize":
+        return
+    if outcome.output is None:
+        yield "written", "nothing"
+        return
+    yield "written", f"{outcome.output.path} ({size(outcome.output.bytes)})"
+    if outcome.output.format == "pt2":
+        yield "load with", "fusecli.load_int8, or torch.export.load where torchao is imported"
 
 
 def _fuses(outcome: Outcome) -> bool:
@@ -139,10 +161,12 @@ def _largest_error(groups: tuple[GroupReport, ...], verdict: Verdict) -> float |
 
 def _counts(outcome: Outcome) -> str:
     groups = facts.all_groups(outcome)
-    verb = _VERBS.get(outcome.status, "checked")
+    units = outcome.quantization.units if outcome.quantization is not None else ()
+    verb = "folded" if outcome.quantization is not None else _VERBS.get(outcome.status, "checked")
     if verb == "folded" and facts.trains(outcome):
         verb = "fused for training"
-    found = [f"{counted(len(groups), 'group')} {verb}"] if groups else []
+    found = [f"{counted(len(units), 'unit')} int8"] if units else []
+    found += [f"{counted(len(groups), 'group')} {verb}"] if groups else []
     if outcome.refused:
         found.append(f"{len(outcome.refused):,} refused")
     if outcome.unfused:

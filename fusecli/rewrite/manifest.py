@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
-from fusecli.errors import Problem, UnsafeError
+from fusecli.errors import Problem, UnsafeError, UsageError
 from fusecli.nn import container_class
 from fusecli.outcome import Evidence, Mode
 from fusecli.rewrite.edits import (
@@ -156,6 +156,9 @@ class Manifest:
                         "use the fusecli that wrote it, or fuse again",
                     )
                 )
+            if document["mode"] == "int8":
+                what = "it is an int8 model, not a float checkpoint"
+                raise UsageError(Problem(what, where, "give the float checkpoint it was made from"))
             if document["mode"] not in get_args(Mode):
                 raise ValueError(f"the mode is {document['mode']!r}")
             return cls(

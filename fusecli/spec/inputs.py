@@ -45,7 +45,8 @@ Number = Annotated[int | float, BeforeValidator(read_float)]
 class InputSpec(Part):
     """One tensor: drawn at random (shape, dtype, range) or read from a safetensors file (file, key).
 
-    range is half open: [low, high). A `name` passes the tensor by keyword.
+    range is half open: [low, high). A `name` passes the tensor by keyword. `labels` are the right answers for
+    what a file holds, in the same file: a class for each.
     """
 
     shape: Maybe[Annotated[Listed[Count], AfterValidator(_allocatable)]] = None
@@ -53,6 +54,7 @@ class InputSpec(Part):
     range: Maybe[Annotated[Listed[Number], AfterValidator(_low_before_high)]] = None
     file: Maybe[Text] = None
     key: Maybe[Text] = None
+    labels: Maybe[Text] = None
     name: Maybe[Annotated[Text, AfterValidator(_keyword)]] = None
 
     @model_validator(mode="after")
@@ -62,6 +64,8 @@ class InputSpec(Part):
             raise problem(what, "write {shape: [2, 3, 224, 224]} or {file: samples.safetensors, key: images}")
         if self.file and self.key is None:
             raise problem("key is missing: which tensor of the file?", "for example key: images")
+        if self.shape is not None and self.labels is not None:
+            raise problem("labels belong to an input that is read from a file", "remove labels")
         if self.shape is not None and self.key is not None:
             raise problem(
                 "key belongs to an input that is read from a file", "remove key, or give file for shape"

@@ -16,6 +16,7 @@ from fusecli.spec.code import ExtraMapping, Model
 from fusecli.spec.groups import GroupSpec
 from fusecli.spec.inputs import InputEntry, refuse_misplaced_names
 from fusecli.spec.part import Count, Eps, Flag, Listed, Maybe, Part, Pattern, Section, Text
+from fusecli.spec.quantize import Quantize
 from fusecli.spec.scalars import one_of, problem, read_int
 
 VERSIONS = (1,)
@@ -106,6 +107,7 @@ class Spec(Part):
     exclude: Listed[Pattern] = ()
     extra_mappings: Listed[Section[ExtraMapping]] = ()
     verify: Section[Verify] = Verify()
+    quantize: Section[Quantize] = Quantize()
     output: Section[Output] = Output()
 
     _origin: Origin = PrivateAttr(default_factory=Origin)

@@ -33,7 +33,6 @@ def json_schema() -> dict[str, Any]:
     names = _group_forms(parts)
     keys["groups"] = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/Group"}}, names]}
     keys["version"] = {"enum": list(VERSIONS), "default": VERSIONS[-1]}
-    keys["qat"] = {"const": False, "default": False}
     schema["anyOf"] = [*_ALONE, {"type": "object", "properties": {"groups": _TWO_OR_MORE}}]
     parts["FreeValue"] = {}
     parts["InputSpec"]["oneOf"] = [{"required": ["shape"]}, {"required": ["file", "key"]}]

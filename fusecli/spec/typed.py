@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def spec_from_options(
     remove_idle: bool = False,
     qat: bool | None = None,
     eps: float | None = None,
+    quantize: Mapping[str, Any] | None = None,
 ) -> Spec:
     """The spec in the file at `path`, or an empty one, with what was typed in place of what it says.
 
@@ -73,10 +74,18 @@ def spec_from_options(
         typed["shared"] = shared
     if exclude:
         typed["exclude"] = list(exclude)
+    if quantize:
+        typed["quantize"] = dict(quantize)
     given = spec_from_mapping(typed, where="the command line")
     if path is None:
         return given
-    return read_spec(path).model_copy(update={name: getattr(given, name) for name in typed})
+    read = read_spec(path)
+    update = {name: getattr(given, name) for name in typed}
+    if quantize:
+        # Each by itself: a threshold that is typed leaves the spec's calibration as it is.
+        chosen = {name: getattr(given.quantize, name) for name in quantize}
+        update["quantize"] = read.quantize.model_copy(update=chosen)
+    return read.model_copy(update=update)
 
 
 def _model(text: str, *, absolute: bool) -> dict[str, Any]:

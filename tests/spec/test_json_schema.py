@@ -76,7 +76,8 @@ def test_what_fusecli_refuses_is_invalid() -> None:
     for document in (
         {"grops": []},
         {"version": 2},
-        {"qat": True},
+        {"qat": "on"},
+        {"quantize": {"observer": "mean"}},
         {"groups": "conv1"},
         {"groups": ["conv1"]},
         {"groups": ["conv1"], "bake": False},

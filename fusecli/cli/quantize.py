@@ -1,0 +1,132 @@
+"""`fusecli quantize`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from fusecli.cli import options
+from fusecli.cli.reports import Failed, Reports, finish
+from fusecli.cli.screen import dialogue
+from fusecli.errors import Problem, UsageError
+from fusecli.outcome import Outcome
+
+_INT8 = "Int8"
+
+
+def quantize(
+    checkpoint: options.Checkpoint,
+    spec: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--spec", "-s", help="The YAML spec: model, inputs, groups, and how to quantize."),
+    ] = None,
+    model: options.Model = None,
+    inputs: options.Inputs = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="The file to write. Default: <stem>.int8.pt2 beside the input."),
+    ] = None,
+    fmt: Annotated[
+        Optional[Literal["pt2", "safetensors"]],  # noqa: UP045
+        typer.Option(
+            "--format",
+            help="pt2 can be run by itself; safetensors has the integers, scales and zero points. Default: "
+            "what the output's name says, else pt2.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be quantized, calibrate and write nothing.")
+    ] = False,
+    observer: Annotated[
+        Optional[Literal["minmax", "histogram"]],  # noqa: UP045
+        typer.Option(
+            help="Ranges of activations: all that was seen, or what loses least.", rich_help_panel=_INT8
+        ),
+    ] = None,
+    weights: Annotated[
+        Optional[Literal["per-channel", "per-tensor"]],  # noqa: UP045
+        typer.Option(help="A scale for each output channel, or one for each weight.", rich_help_panel=_INT8),
+    ] = None,
+    equalize: Annotated[
+        bool,
+        typer.Option(
+            "--equalize",
+            help="First move ranges between layers in a row, through ReLU and the like: the float model "
+            "computes the same, int8 loses less.",
+            rich_help_panel=_INT8,
+        ),
+    ] = False,
+    threshold: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--threshold",
+            metavar="NAME=X,...",
+            help="What int8 has to reach: sqnr=20 (dB), cosine=0.98, top1=0.99, accuracy_drop=1 (points).",
+            rich_help_panel=_INT8,
+        ),
+    ] = None,
+    bake: options.Bake = False,
+    eps: options.Eps = None,
+    allow_code: options.AllowCode = None,
+    allow_pickle: options.AllowPickle = False,
+    seed: options.Seed = None,
+    report: options.Report = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Fuse a checkpoint, make it int8, and say how like the float model it is.
+
+    Nothing is written unless it meets the spec's threshold: fusecli quantize model.pt --spec quantize.yaml
+    """
+    reports = Reports.parse(report or [], quiet, [checkpoint, spec, output])
+
+    def work() -> Outcome:
+        from fusecli.spec.typed import spec_from_options
+
+        chosen: dict[str, Any] = {"observer": observer, "weights": weights, "equalize": equalize or None}
+        typed = {name: value for name, value in chosen.items() if value is not None}
+        if threshold is not None:
+            typed["threshold"] = _lines(threshold)
+        # Before torch is imported: a slip in the spec is told at once.
+        parsed = spec_from_options(spec, model=model, inputs=inputs or (), bake=bake, eps=eps, quantize=typed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from fusecli.consent import Consent
+            from fusecli.jobs.fuse import protected
+            from fusecli.jobs.quantize import QuantizeRequest, quantize_file
+
+            reports.spare(protected(parsed))
+            request = QuantizeRequest(
+                checkpoint,
+                parsed,
+                output,
+                format=fmt,
+                force=force,
+                dry_run=dry_run,
+                allow_pickle=allow_pickle,
+                seed=seed,
+                typed=tuple(options.typed_words(model, inputs)),
+                trusted=tuple(options.trusted(None, model)),
+            )
+            with dialogue(quiet) as person:
+                consent = Consent.gather(options.trusted(allow_code, model), person.asker)
+                return quantize_file(request, consent, person.tick)
+
+    finish(Failed("quantize", checkpoint, spec), reports, work)
+
+
+def _lines(text: str) -> dict[str, float]:
+    """sqnr=20,cosine=0.98 as a mapping; the spec's reader knows the names."""
+    lines: dict[str, float] = {}
+    for word in text.split(","):
+        name, _, number = word.strip().partition("=")
+        try:
+            lines[name] = float(number)
+        except ValueError:
+            fix = "write sqnr=20, cosine=0.98, top1=0.99 or accuracy_drop=1, with commas between"
+            raise UsageError(Problem(f"'{word}' is no threshold", "--threshold", fix)) from None
+    return lines

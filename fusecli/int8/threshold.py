@@ -1,0 +1,61 @@
+"""The lines that an int8 model has to reach, and which of them it misses, in sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusecli.int8.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What the int8 model has to reach; None: not asked. `accuracy_drop` is in points of 100."""
+
+    sqnr: float | None = None
+    cosine: float | None = None
+    top1: float | None = None
+    accuracy_drop: float | None = None
+
+    @property
+    def asks(self) -> bool:
+        return self != Threshold()
+
+
+def shortfalls(
+    threshold: Threshold, comparison: Comparison, accuracies: tuple[float, float] | None
+) -> list[str]:
+    """One sentence for each line that is missed or cannot be judged; what equals its line passes.
+
+    accuracies: shares of the float and of the int8 model, None without labels.
+    """
+    found = []
+    for what, unit, got, line, why in (
+        ("the SQNR", " dB", comparison.sqnr, threshold.sqnr, "the output has no floating tensor"),
+        ("the cosine", "", comparison.cosine, threshold.cosine, "the output has no floating tensor"),
+        ("the top-1 agreement", "", comparison.top1, threshold.top1, "the output is no [n, classes]"),
+    ):
+        if line is not None and got is None:
+            found.append(f"{what} cannot be judged: {why}")
+        elif line is not None and got is not None and not got >= line:
+            have, asked = _told_apart(got, line)
+            found.append(f"{what} of the output is {have}{unit}, at least {asked}{unit} was asked for")
+    return found + _accuracy_shortfall(threshold.accuracy_drop, accuracies)
+
+
+def _accuracy_shortfall(most: float | None, accuracies: tuple[float, float] | None) -> list[str]:
+    if most is None:
+        return []
+    if accuracies is None:
+        return ["the drop of the accuracy cannot be judged: there are no labels"]
+    # 100 * (0.92 - 0.91) is 1.0000000000000009 in float64, and equal passes.
+    drop = round(100 * (accuracies[0] - accuracies[1]), 9)
+    if drop <= most:
+        return []
+    have, asked = _told_apart(drop, most)
+    return [f"the accuracy drop in points is {have}, at most {asked} was asked for"]
+
+
+def _told_apart(got: float, line: float) -> tuple[str, str]:
+    """Both with as few digits as show that they differ."""
+    pairs = ((f"{got:.{digits}g}", f"{line:.{digits}g}") for digits in (4, 8, 17))
+    return next(pair for pair in pairs if pair[0] != pair[1])

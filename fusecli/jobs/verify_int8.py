@@ -1,0 +1,106 @@
+"""`verify` of an int8 file: how like the float model it is, measured again from the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from fusecli.checkpoint import open_checkpoint
+from fusecli.consent import Consent
+from fusecli.errors import ExitCode, Problem, UnsafeError, UsageError
+from fusecli.int8.packed import unpacked
+from fusecli.int8.saved import load
+from fusecli.jobs import facts, int8
+from fusecli.jobs.proof import Tick
+from fusecli.jobs.quantize import Floats, Stopped, described, floats_of, prepared
+from fusecli.outcome import LedgerEntry, Outcome
+from fusecli.sample import Sample
+from fusecli.spec import Spec
+
+
+@dataclass(frozen=True)
+class Int8Request:
+    """One call of `fusecli verify` on an int8 file, whose facts are `said`."""
+
+    checkpoint: Path
+    int8: Path
+    said: Mapping[str, Any]
+    spec: Spec | None
+    allow_pickle: bool
+    seed: int | None
+
+
+def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
+    """The numbers of float against int8, and whether they meet the spec's thresholds.
+
+    Raises UsageError and UnsafeError where the files cannot be judged.
+    """
+    spec = request.spec
+    if spec is None:
+        what = "an int8 file is judged by running it beside the float model"
+        raise UsageError(Problem(what, str(request.int8), "give --spec, or --model and --input"))
+    spec = _as_made(spec, request.said)
+    seed = request.seed if request.seed is not None else spec.verify.seed
+    samples = int8.evaluation(spec, seed)
+    try:
+        floats = floats_of(request.checkpoint, spec, consent, tick, request.allow_pickle, seed)
+    except Stopped as stopped:
+        return replace(stopped.outcome, command="verify")
+    planned, moved, error = prepared(floats, spec, samples.samples[0])
+    if [list(unit.nodes) for unit in planned.units] != [
+        unit["nodes"] for unit in request.said["int8"]["units"]
+    ]:
+        what = "its units are not those of this model: it was made with another spec, model or torch"
+        raise UsageError(Problem(what, str(request.int8), "verify it with the spec that it was made with"))
+    tick("loading the int8 model")
+    written = _loaded(request, floats, samples.samples[0])
+    known = replace(
+        described(planned, floats),
+        options={**request.said["int8"]["options"], "equalize": str(request.said["equalize"]).lower()},
+        bytes={**floats.bytes, "int8": request.int8.stat().st_size},
+        equalized=moved,
+        exact=error,
+        notes=planned.notes,
+    )
+    tick("comparing with the float model")
+    models = int8.Models(floats.original, floats.fused, planned.exported.module, written)
+    found, missed = int8.measured(models, planned.units, spec, seed, known)
+    outcome = replace(
+        floats.outcome,
+        command="verify",
+        status="verified",
+        exit_code=ExitCode.OK,
+        output=facts.file_facts(request.int8, request.int8.suffix.lstrip(".")),
+        ledger=(*floats.outcome.ledger, *int8.random_ledger(samples), *_mismatch(request, floats)),
+    )
+    return int8.judged(outcome, found, missed)
+
+
+def _as_made(spec: Spec, said: Mapping[str, Any]) -> Spec:
+    """The spec, with what the file says of how it was made."""
+    chosen = spec.quantize.model_copy(update={"equalize": bool(said["equalize"])})
+    return spec.model_copy(update={"quantize": chosen})
+
+
+def _loaded(request: Int8Request, floats: Floats, sample: Sample) -> GraphModule:
+    if request.int8.suffix == ".safetensors":
+        with open_checkpoint(request.int8) as artifact:
+            tensors = {name: stored.load().clone() for name, stored in artifact.tensors.items()}
+        return unpacked(floats.fused, sample, tensors, request.said["int8"])
+    if not request.allow_pickle:
+        what = "torch.export.load runs code that a .pt2 file names"
+        fix = "add --allow-pickle if you trust it, or quantize with --format safetensors"
+        raise UnsafeError(Problem(what, str(request.int8), fix))
+    return load(request.int8, request.said["ops"])
+
+
+def _mismatch(request: Int8Request, floats: Floats) -> list[LedgerEntry]:
+    source = floats.outcome.input
+    if source is None or source.sha256 == request.said["input_sha256"]:
+        return []
+    what = "is not the file that the int8 model was made from (sha256)"
+    return [LedgerEntry("input", str(request.checkpoint), what)]

@@ -1,0 +1,68 @@
+"""The part of a spec that says how a fused model becomes int8, and what it has to be like then."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BeforeValidator, WithJsonSchema, model_validator
+from typing_extensions import Self
+
+from fusecli.spec.inputs import InputEntry, refuse_misplaced_names
+from fusecli.spec.part import Count, Flag, Listed, Maybe, Part, Section
+from fusecli.spec.scalars import one_of, problem, read_float
+
+Observer = Literal["minmax", "histogram"]
+Weights = Literal["per-channel", "per-tensor"]
+Real = Annotated[float, BeforeValidator(read_float), WithJsonSchema({"type": "number"})]
+
+
+class Threshold(Part):
+    """How like the float model the int8 one has to be; what is not given is not asked.
+
+    sqnr           of the output, in dB, at least
+    cosine         of the output, averaged over the samples, at least
+    top1           the share of samples with the same label, at least
+    accuracy_drop  in points of 100, at most; needs labels
+    """
+
+    sqnr: Maybe[Real] = None
+    cosine: Maybe[Real] = None
+    top1: Maybe[Real] = None
+    accuracy_drop: Maybe[Real] = None
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        for name, value, low, high in (
+            ("cosine", self.cosine, -1, 1),
+            ("top1", self.top1, 0, 1),
+            ("accuracy_drop", self.accuracy_drop, 0, 100),
+        ):
+            if value is not None and not low <= value <= high:
+                raise problem(f"{name} is between {low} and {high}, found {value:g}")
+        if self.cosine == -1 or self.top1 == 0 or self.accuracy_drop == 100:
+            raise problem("a threshold that everything passes proves nothing", "ask for something")
+        return self
+
+
+class Quantize(Part):
+    """How the model is quantized, after it was fused.
+
+    calibrate  what the ranges of activations are taken from; empty: the inputs of the spec
+    batch      how many samples of a file are run at once
+    observer   "minmax": the smallest and the largest value seen; "histogram": what loses least of most values
+    weights    a scale for each output channel, or one for each weight
+    equalize   move ranges between layers in a row first, which changes nothing that they compute
+    threshold  what decides the exit code
+    """
+
+    calibrate: Listed[InputEntry] = ()
+    batch: Count = 32
+    observer: Annotated[Observer, BeforeValidator(one_of("observer", get_args(Observer)))] = "minmax"
+    weights: Annotated[Weights, BeforeValidator(one_of("weights", get_args(Weights)))] = "per-channel"
+    equalize: Flag = False
+    threshold: Section[Threshold] = Threshold()
+
+    @model_validator(mode="after")
+    def _positional_first(self) -> Self:
+        refuse_misplaced_names(self.calibrate)
+        return self
