@@ -60,6 +60,15 @@ def quantize(
             rich_help_panel=_INT8,
         ),
     ] = False,
+    correct_bias: Annotated[
+        bool,
+        typer.Option(
+            "--correct-bias",
+            help="Put into each bias what rounding moves the mean of the layer's output by, as calibration "
+            "shows it.",
+            rich_help_panel=_INT8,
+        ),
+    ] = False,
     threshold: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -87,7 +96,12 @@ def quantize(
     def work() -> Outcome:
         from fusecli.spec.typed import spec_from_options
 
-        chosen: dict[str, Any] = {"observer": observer, "weights": weights, "equalize": equalize or None}
+        chosen: dict[str, Any] = {
+            "observer": observer,
+            "weights": weights,
+            "equalize": equalize or None,
+            "correct_bias": correct_bias or None,
+        }
         typed = {name: value for name, value in chosen.items() if value is not None}
         if threshold is not None:
             typed["threshold"] = _lines(threshold)

@@ -20,6 +20,7 @@ from fusecli.checkpoint import Checkpoint, check_target, open_checkpoint, staged
 from fusecli.consent import Consent
 from fusecli.equivalence.compare import TOLERANCE
 from fusecli.errors import ExitCode, Problem, UsageError
+from fusecli.int8.bias import correct_biases
 from fusecli.int8.equalize import Equalized, equalized, unequal
 from fusecli.int8.packed import packed, unpacked
 from fusecli.int8.quantize import Plan, Quantized, calibrated, plan
@@ -106,7 +107,7 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
     planned, moved, error = prepared(floats, spec, samples.samples[0])
     known = replace(
         described(planned, floats),
-        options=_options(spec),
+        options=options_of(spec),
         calibration=samples.said,
         equalized=moved,
         exact=error,
@@ -118,6 +119,8 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
         step = f"without --dry-run this calibrates on {samples.said} and writes {target}"
         return replace(outcome, status="planned", quantization=known, next_step=step)
     quantized = calibrated(planned, samples.samples, _choices(spec), known=floats.learned, tick=tick)
+    if spec.quantize.correct_bias:
+        correct_biases(quantized.reference, quantized.model, quantized.units, samples.samples, tick)
     known = replace(known, notes=quantized.notes)
     with staged(target, request.force, request.checkpoint, protected(spec)) as stage:
         tick("writing")
@@ -249,9 +252,12 @@ def _choices(spec: Spec) -> Options:
     return Options(observer=spec.quantize.observer, weights=spec.quantize.weights)
 
 
-def _options(spec: Spec) -> dict[str, str]:
+def options_of(spec: Spec) -> dict[str, str]:
     chosen = spec.quantize
-    return {"observer": chosen.observer, "weights": chosen.weights, "equalize": str(chosen.equalize).lower()}
+    extras = {"equalized": chosen.equalize, "biases corrected": chosen.correct_bias}
+    return {"observer": chosen.observer, "weights": chosen.weights} | {
+        name: "yes" for name, done in extras.items() if done
+    }
 
 
 def _facts(request: QuantizeRequest, quantized: Quantized, floats: Floats, spec: Spec) -> dict[str, Any]:
@@ -264,6 +270,7 @@ def _facts(request: QuantizeRequest, quantized: Quantized, floats: Floats, spec:
         "input_sha256": source.sha256 if source else "",
         "versions": facts.versions(),
         "equalize": spec.quantize.equalize,
+        "correct_bias": spec.quantize.correct_bias,
         "ops": [node.name for node in quantized.model.graph.nodes if node.op == "call_function"],
         "int8": described_units,
     }

@@ -13,10 +13,11 @@ from fusecli.checkpoint import open_checkpoint
 from fusecli.consent import Consent
 from fusecli.errors import ExitCode, Problem, UnsafeError, UsageError
 from fusecli.int8.packed import unpacked
+from fusecli.int8.rounded import misrounded
 from fusecli.int8.saved import load
 from fusecli.jobs import facts, int8
 from fusecli.jobs.proof import Tick
-from fusecli.jobs.quantize import Floats, Stopped, described, floats_of, prepared
+from fusecli.jobs.quantize import Floats, Stopped, described, floats_of, options_of, prepared
 from fusecli.outcome import LedgerEntry, Outcome
 from fusecli.sample import Sample
 from fusecli.spec import Spec
@@ -60,7 +61,7 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
     written = _loaded(request, floats, samples.samples[0])
     known = replace(
         described(planned, floats),
-        options={**request.said["int8"]["options"], "equalize": str(request.said["equalize"]).lower()},
+        options=options_of(spec),
         bytes={**floats.bytes, "int8": request.int8.stat().st_size},
         equalized=moved,
         exact=error,
@@ -77,12 +78,25 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
         output=facts.file_facts(request.int8, request.int8.suffix.lstrip(".")),
         ledger=(*floats.outcome.ledger, *int8.random_ledger(samples), *_mismatch(request, floats)),
     )
-    return int8.judged(outcome, found, missed)
+    outcome = int8.judged(outcome, found, missed)
+    corrected = spec.quantize.correct_bias
+    wrong = misrounded(planned.exported.module, written, planned.units, corrected=corrected)
+    if not wrong:
+        return outcome
+    said = f"it does not hold the float model's numbers, rounded: {', '.join(wrong[:3])}"
+    return replace(
+        outcome,
+        status="different",
+        exit_code=ExitCode.DIFFERENT,
+        problems=(said, *outcome.problems),
+        next_step="do not release this file; quantize the checkpoint again",
+    )
 
 
 def _as_made(spec: Spec, said: Mapping[str, Any]) -> Spec:
     """The spec, with what the file says of how it was made."""
-    chosen = spec.quantize.model_copy(update={"equalize": bool(said["equalize"])})
+    done = {name: bool(said[name]) for name in ("equalize", "correct_bias")}
+    chosen = spec.quantize.model_copy(update={**said["int8"]["options"], **done})
     return spec.model_copy(update={"quantize": chosen})
 
 

@@ -52,6 +52,7 @@ class Quantize(Part):
     observer   "minmax": the smallest and the largest value seen; "histogram": what loses least of most values
     weights    a scale for each output channel, or one for each weight
     equalize   move ranges between layers in a row first, which changes nothing that they compute
+    correct_bias  put into each bias what rounding moves the mean of the layer's output by
     threshold  what decides the exit code
     """
 
@@ -60,6 +61,7 @@ class Quantize(Part):
     observer: Annotated[Observer, BeforeValidator(one_of("observer", get_args(Observer)))] = "minmax"
     weights: Annotated[Weights, BeforeValidator(one_of("weights", get_args(Weights)))] = "per-channel"
     equalize: Flag = False
+    correct_bias: Flag = False
     threshold: Section[Threshold] = Threshold()
 
     @model_validator(mode="after")
