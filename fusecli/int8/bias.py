@@ -36,10 +36,11 @@ def correct_biases(
     for number, batch in enumerate(batches, 1):
         tick(f"correcting biases, batch {number} of {len(batches)}")
         means: dict[str, Tensor] = {}
-        run(
-            Watch(reference, biases, lambda name, value, means=means: means.update({name: _mean(value)})),
-            batch,
-        )
+
+        def keep(name: str, value: Tensor, means: dict[str, Tensor] = means) -> None:
+            means[name] = _mean(value)
+
+        run(Watch(reference, biases, keep), batch)
         run(_Correcting(converted, means, shifts), batch)
     for name, target in biases.items():
         bias = tensor_of(converted, target)
