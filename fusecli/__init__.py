@@ -8,9 +8,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusecli.api import fuse, fuse_modules, fuse_modules_qat, load_fused, plan, prepare_qat, verify
+    from fusecli.api import (
+        fuse,
+        fuse_modules,
+        fuse_modules_qat,
+        load_fused,
+        load_int8,
+        plan,
+        prepare_qat,
+        verify,
+    )
 
-__all__ = ["fuse", "fuse_modules", "fuse_modules_qat", "load_fused", "plan", "prepare_qat", "verify"]
+__all__ = [
+    "fuse",
+    "fuse_modules",
+    "fuse_modules_qat",
+    "load_fused",
+    "load_int8",
+    "plan",
+    "prepare_qat",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,9 +26,10 @@ from fusecli.equivalence.foreign import judge_foreign
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.judge import judge
 from fusecli.equivalence.subject import Subject
-from fusecli.errors import ExitCode, Problem, RefusedError, UsageError
+from fusecli.errors import ExitCode, Problem, RefusedError, UnsafeError, UsageError
 from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
+from fusecli.int8.saved import load as load_pt2
 from fusecli.jobs import facts
 from fusecli.jobs.adapter import open_adapter
 from fusecli.jobs.choice import Choice, looked, settled
@@ -60,7 +61,16 @@ from fusecli.spec import Spec, read_spec, spec_from_mapping
 from fusecli.spec.model import Shared, Target
 from fusecli.spec.wildcards import bind_groups, bind_lists
 
-__all__ = ["fuse", "fuse_modules", "fuse_modules_qat", "load_fused", "plan", "prepare_qat", "verify"]
+__all__ = [
+    "fuse",
+    "fuse_modules",
+    "fuse_modules_qat",
+    "load_fused",
+    "load_int8",
+    "plan",
+    "prepare_qat",
+    "verify",
+]
 
 _log = logging.getLogger("fusecli")
 AdapterFile = str | Path | Mapping[str, Any]
@@ -338,6 +348,18 @@ def verify(
         reason = f"the fused model's groups do not belong to the original: {said or no}"
         return Verdict(Judgement.DIFFERENT, seed=seed, reasons=(reason,))
     return replace(verdict, groups=reported(group_reports(fold, fused), checks))
+
+
+def load_int8(path: str | Path, *, allow_pickle: bool = False) -> nn.Module:
+    """The model of a .pt2 file that `fusecli quantize` wrote, called like the float model it was made from.
+
+    torch.export.load runs code that a file names: `allow_pickle` says that you trust it. torchao is not
+    needed. Raises UnsafeError without that word, or for what is no such file.
+    """
+    if not allow_pickle:
+        fix = "pass allow_pickle=True if you trust the file"
+        raise UnsafeError(Problem("torch.export.load runs code that a .pt2 file names", str(path), fix))
+    return load_pt2(Path(path))
 
 
 def _judged(

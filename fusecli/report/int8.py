@@ -14,6 +14,10 @@ from fusecli.report.page import Page, shortened
 
 # The worst are what somebody looks for; the JSON report has all.
 _SHOWN = 12
+# Nobody should take the time of the reference for that of int8.
+_REFERENCE = (
+    "time as torch runs it here: float between quantize and dequantize; integer kernels come with a backend"
+)
 _WORDS = {"float": "float", "fused": "fused", "int8": "int8"}
 
 
@@ -137,6 +141,8 @@ def _triples(page: Page, found: Quantization) -> None:
     page.line((f"  {'':11}" + "".join(f"{name:>12}" for name in _WORDS), "dim"))
     for what, values in rows:
         page.line((f"  {what:11}", "dim"), ("".join(f"{values.get(name, ''):>12}" for name in _WORDS), ""))
+    if "int8" in found.latency:
+        page.hanging("", _REFERENCE, style="dim")
 
 
 def _equalized(page: Page, found: Quantization) -> None:

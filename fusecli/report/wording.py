@@ -146,7 +146,10 @@ def _written_int8(outcome: Outcome) -> Iterator[tuple[str, str]]:
         return
     yield "written", f"{outcome.output.path} ({size(outcome.output.bytes)})"
     if outcome.output.format == "pt2":
-        yield "load with", "fusecli.load_int8, or torch.export.load where torchao is imported"
+        yield (
+            "load with",
+            "fusecli.load_int8(path, allow_pickle=True), or torch.export.load after import torchao",
+        )
 
 
 def _fuses(outcome: Outcome) -> bool:
