@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from tests import torch_ao_qat
 from tests.nets import randomise
 
 if sys.version_info >= (3, 11):
@@ -39,14 +40,15 @@ OURS = [line for line in COMMANDS if line.startswith("fusecli ")]
 
 def test_every_command_is_known_to_these_tests():
     others = set(COMMANDS) - set(OURS)
-    assert others - SCRIPTS == {"pip install ."}
+    assert others - SCRIPTS == {"pip install .", "pip install '.[quantize]'"}
     assert others >= SCRIPTS
-    assert {line.split()[1] for line in OURS} >= {"fuse", "verify", "plan"}
+    assert {line.split()[1] for line in OURS} >= {"fuse", "verify", "plan", "quantize"}
 
 
 @pytest.fixture
 def anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder: model.pt and fuse.yaml are those of the digits, whose code the project allows."""
+    """A user's folder: model.pt and fuse.yaml are those of the digits, whose code the project allows;
+    trained_qat.pt is what torch.ao would have made of it."""
     for name in ("model.pt", "fuse.yaml", "net.py", "heldout.safetensors"):
         shutil.copy(DIGITS / name, tmp_path)
     shutil.copytree(
@@ -54,6 +56,7 @@ def anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     allowed = '[tool.fusecli]\nallow-code = ["net.py", "configs/digits/net.py"]\n'
     (tmp_path / "pyproject.toml").write_text(allowed)
+    torch.save({"model_state_dict": torch_ao_qat.prepared().state}, tmp_path / "trained_qat.pt")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -62,12 +65,27 @@ def test_the_commands_in_their_order_and_the_python(cli, anywhere, monkeypatch):
     for line in OURS:
         ended = cli(*shlex.split(line)[1:])
         assert ended.code == 0, f"{line}\n{ended.err}"
-    (source,) = (block for block in blocks("python") if "load_fused" in block)
+    (source,) = (block for block in blocks("python") if "load_fused" in block and "qat" not in block)
     names: dict[str, object] = {}
     exec((anywhere / "net.py").read_text(), names)
     exec("import fusecli\n" + source, names)
     assert isinstance(names["model"], torch.nn.Module)
     assert not names["model"].training
+
+
+def test_training_as_it_stands(cli, anywhere):
+    """The command before it, the lines, and the way on: what they save folds and becomes int8."""
+    (before,) = (line for line in OURS if "qat.yaml" in line)
+    assert cli(*shlex.split(before)[1:]).code == 0
+    (source,) = (block for block in blocks("python") if "prepare_qat" in block)
+    names: dict[str, object] = {"train": lambda model: model(torch.rand(8, 1, 8, 8)).sum().backward()}
+    exec((anywhere / "net.py").read_text(), names)
+    exec("import fusecli\nimport torch\n" + source, names)
+    fold, verify = (line for line in OURS if "trained_qat.pt" in line)
+    assert cli(*shlex.split(fold)[1:]).code == 0
+    assert cli(*shlex.split(verify)[1:]).code == 0
+    words = ["quantize", "trained_qat.pt", "--spec", "configs/digits/quantize.yaml", "-o", "int8.pt2"]
+    assert cli(*words).code == 0
 
 
 def test_the_python_api_as_it_stands(anywhere, capsys):

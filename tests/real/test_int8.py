@@ -1,4 +1,4 @@
-"""A real trained network in int8, calibrated on noise with the spectrum of photographs: it brings no images."""
+"""A real trained network in int8, calibrated on noise with the spectrum of photographs."""
 
 from __future__ import annotations
 
@@ -27,9 +27,6 @@ def test_deep_sort_keeps_its_embeddings(models: Path, cli: Cli, network: Any) ->
     assert found["cosine"] > 0.98
     assert found["left"] == []
     assert Path("int8.pt2").stat().st_size < 0.3 * Path(checkpoint).stat().st_size
-    # The forecast is of one scale for each weight; the worst with a scale for each channel is among its first.
-    ranges = {unit["name"]: unit["weight_range"] for unit in found["units"] if unit["weight_range"]}
-    assert found["units"][0]["name"] in sorted(ranges, key=ranges.__getitem__)[-3:]
     again = cli("verify", checkpoint, "int8.pt2", *words, "--allow-pickle", "--report", "json=-")
     assert again.code == 0
     assert again.report["quantization"]["cosine"] == pytest.approx(found["cosine"], abs=1e-6)
