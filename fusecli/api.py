@@ -29,7 +29,6 @@ from fusecli.equivalence.subject import Subject
 from fusecli.errors import ExitCode, Problem, RefusedError, UnsafeError, UsageError
 from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
-from fusecli.int8.saved import load as load_pt2
 from fusecli.jobs import facts
 from fusecli.jobs.adapter import open_adapter
 from fusecli.jobs.choice import Choice, looked, settled
@@ -359,7 +358,9 @@ def load_int8(path: str | Path, *, allow_pickle: bool = False) -> nn.Module:
     if not allow_pickle:
         fix = "pass allow_pickle=True if you trust the file"
         raise UnsafeError(Problem("torch.export.load runs code that a .pt2 file names", str(path), fix))
-    return load_pt2(Path(path))
+    from fusecli.int8.saved import load  # with torch.export, half a second that nothing else needs
+
+    return load(Path(path))
 
 
 def _judged(

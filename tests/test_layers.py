@@ -102,3 +102,9 @@ def test_report_spec_and_cli_need_no_torch_to_be_imported():
 
 def test_names_say_something():
     assert not [path for path in FILES if VAGUE & set(path.relative_to(PACKAGE).with_suffix("").parts)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_uses_a_deprecated_quantized_dtype(path):
+    named = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert not named & {"qint8", "quint8", "qint32", "quint4x2"}
