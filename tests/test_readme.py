@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests import torch_ao_qat
 from tests.nets import randomise
@@ -78,7 +79,8 @@ def test_training_as_it_stands(cli, anywhere):
     (before,) = (line for line in OURS if "qat.yaml" in line)
     assert cli(*shlex.split(before)[1:]).code == 0
     (source,) = (block for block in blocks("python") if "prepare_qat" in block)
-    names: dict[str, object] = {"train": lambda model: model(torch.rand(8, 1, 8, 8)).sum().backward()}
+    images = load_file(DIGITS / "calibration.safetensors")["images"]
+    names: dict[str, object] = {"train": lambda model: model(images).sum().backward()}
     exec((anywhere / "net.py").read_text(), names)
     exec("import fusecli\nimport torch\n" + source, names)
     fold, verify = (line for line in OURS if "trained_qat.pt" in line)
