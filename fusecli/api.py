@@ -123,7 +123,7 @@ def _fused(
     config: Mapping[str, Any] | None,
     mode: Mode,
 ) -> nn.Module:
-    additional = (config or {}).get("additional_fuser_method_mapping", {})
+    additional = (config or {}).get("additional_fuser_method_mapping") or {}
     if fuser_func is not None:
         return _with_fuser_func(model, modules_to_fuse, inplace, fuser_func, additional, mode)
     tree = ModuleTree(model)

@@ -187,6 +187,14 @@ _MATHEMATICS = (
         "Call model.train() first. For inference leave out qat: then the norms are folded.",
     ),
     Reason(
+        "other-purpose",
+        "The group is fused already, for the other purpose: folded where it is to be trained, or in a "
+        "container that trains where it is to be folded.",
+        "What trains has its norm inside: called fused for inference, it would be shipped with it. What is "
+        "folded has none: trained as if it had, gamma and the statistics would never be learned.",
+        "Start from the model as it was before, or fold what is inside the container, [conv.0, conv.1].",
+    ),
+    Reason(
         "bias-not-read",
         "The layer has no bias, and nothing reads one if it is given one.",
         "The shift t = beta - mean s of the norm goes into the bias. A forward that calls F.conv2d(x, "

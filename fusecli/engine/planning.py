@@ -16,6 +16,7 @@ from fusecli.engine.decisions import Decision, Group, Member, Modules, Plan, Voc
 from fusecli.engine.fusers import opaque
 from fusecli.engine.idle import idle_decision, idle_modules
 from fusecli.engine.known import Known
+from fusecli.engine.purpose import require_same_purpose
 from fusecli.engine.steps import Wave
 from fusecli.engine.uses import Uses
 from fusecli.engine.waves import Search, wide
@@ -51,7 +52,7 @@ class _Planner:
     _known: Known | None = None
 
     def plan(self, groups: Sequence[Group]) -> Plan:
-        earlier = set(self.tree.fused_groups)
+        earlier = self.tree.rules_of_groups
         decided: list[tuple[Decision, Found | None]] = []
         refused: list[Refusal] = []
         done: list[Group] = []
@@ -59,21 +60,25 @@ class _Planner:
         for group in groups:
             modules = [self.tree[path] for path in group.modules]
             kinds = [self.vocabulary.kind(module) for module in modules]
-            if group.modules in earlier and not any(map(is_norm, modules)):
-                done.append(group)
-                continue
             slip = None if self.vocabulary.fuser(modules) else _wrong_order(group, kinds)
             try:
-                decided.append(self._decide(group, modules))
-            except NotFoldable as no:
-                if _is_fused(modules):
-                    done.append(group)
+                if group.modules not in earlier or any(map(is_norm, modules)):
+                    decided.append(self._decide(group, modules))
                     continue
-                # With a run at hand it may be a norm that feeds a layer, and be refused for another reason.
-                if slip and not self._runs_so(group):
-                    slips.append(slip)
-                else:
-                    refused.append(refusal(group, no))
+            except NotFoldable as no:
+                if not _is_fused(modules):
+                    # With a run at hand it may be a norm that feeds a layer, refused for another reason.
+                    if slip and not self._runs_so(group):
+                        slips.append(slip)
+                    else:
+                        refused.append(refusal(group, no))
+                    continue
+            try:
+                rule = earlier.get(group.modules, "")
+                require_same_purpose(group.modules, modules, rule, self.vocabulary.mode)
+                done.append(group)
+            except NotFoldable as no:
+                refused.append(refusal(group, no))
         if slips:
             raise UsageError(*slips)
         decisions, uncovered = self._covered(decided)

@@ -13,10 +13,10 @@ from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.noise import narrowest
 from fusecli.equivalence.stored import misstored
 from fusecli.equivalence.subject import Subject, with_exact_tensors
-from fusecli.equivalence.training import judge_training
+from fusecli.equivalence.training import Names, Training, judge_training
 from fusecli.equivalence.trial import NoTwin, Trial
 from fusecli.graph.materialise import duplicate
-from fusecli.outcome import Verdict
+from fusecli.outcome import Judgement, Verdict
 from fusecli.sample import Sample
 
 
@@ -58,9 +58,20 @@ def judge(
         trial.locate()
     if subject.names is not None and found.runs:
         tick("training")
-        twins = duplicate(subject.original).double(), with_exact_tensors(subject)
-        found.training = judge_training(*twins, subject.names, samples, seed)
+        found.training = _trained(subject, subject.names, samples, seed)
     return verdict_of(found, seed), found.checks
+
+
+def _trained(subject: Subject, names: Names, samples: Sequence[Sample], seed: int) -> Training:
+    twins = duplicate(subject.original).double(), with_exact_tensors(subject)
+    found = judge_training(*twins, names, samples, seed)
+    if found.judgement is not Judgement.DIFFERENT:
+        return found
+    alone = duplicate(subject.original).double(), duplicate(subject.original).double()
+    again = judge_training(*alone, lambda name: name, samples, seed)
+    if again.judgement is not Judgement.DIFFERENT:
+        return found
+    return Training(doubt=f"the original itself, trained twice, gives two results: {again.said}")
 
 
 def _modules(model: nn.Module, group: tuple[str, ...]) -> list[nn.Module]:

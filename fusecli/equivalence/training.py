@@ -2,20 +2,21 @@
 
 Both start from the same float64 numbers and see the same batches. Compared are the outputs, which depend on
 the statistics of the batch, the running statistics that it leaves behind, and, after one step of an
-optimiser, the parameters, the outputs on a second batch and the statistics once more.
+optimiser, the parameters, the outputs on a second batch and the statistics once more, and at last the outputs
+in eval mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
-from fusecli.equivalence.run import float64_arithmetic
+from fusecli.equivalence.run import float64_arithmetic, run
 from fusecli.outcome import Judgement
 from fusecli.sample import Sample, cast, seeded, tensors_in
 
@@ -60,6 +61,7 @@ def judge_training(
     original.train()
     fused.train()
     batches = [samples[0], samples[-1]]
+    watched = _watched(original, fused, names)
     optimisers = [torch.optim.SGD(_learning(model), _RATE) for model in (original, fused)]
     with float64_arithmetic():
         for number, batch in enumerate(batches):
@@ -77,17 +79,37 @@ def judge_training(
                 found.difference = Difference(float("inf"), "output", f"the fused model raises {error}")
                 return found
             try:
-                for difference in _differences(original, fused, names, expected, given):
+                for difference in _differences(original, fused, watched, expected, given):
                     found.difference = found.difference.worse(difference)
             except Incomparable as odd:
                 found.doubt = str(odd)
                 return found
             found.steps += 1
+    found.difference = found.difference.worse(_afterwards(original, fused, samples[0], seed))
     return found
 
 
 class _NoStep(Exception):
     """There is nothing that an optimiser could change."""
+
+
+def _afterwards(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) -> Difference:
+    """How the outputs in eval mode differ, once both were trained: what they learned and no name tells, as
+    of a custom fuser's result, shows there."""
+    original.eval()
+    fused.eval()
+    try:
+        expected = run(original, sample, seed=seed, dtype=torch.float64)
+    except Exception:  # what was trained on random numbers may run no more
+        return Difference()
+    try:
+        given = run(fused, sample, seed=seed, dtype=torch.float64)
+    except Exception as error:
+        return Difference(float("inf"), "output", f"in eval mode afterwards the fused model raises {error}")
+    found = compare(expected, given)
+    # A step on random numbers may have ended in NaN.
+    where = f"{found.where}, in eval mode afterwards,"
+    return Difference() if found.undefined else replace(found, where=where)
 
 
 def _learning(model: nn.Module) -> Iterator[Tensor]:
@@ -113,14 +135,38 @@ def _trained(model: nn.Module, batch: Sample, seed: int, optimiser: torch.optim.
     return cast(output, None)
 
 
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor, buffers that no state dict holds too."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    return {**dict(model.named_buffers(remove_duplicate=False)), **state}
+
+
+def _watched(original: nn.Module, fused: nn.Module, names: Names) -> dict[str, str]:
+    """The tensors that are compared after each step, by their names in both models. Buffers that no state
+    dict holds are built anew each time: of them those that are equal before the first step."""
+    before, after, stored = _tensors(original), _tensors(fused), original.state_dict()
+    return {
+        name: other
+        for name, tensor in before.items()
+        if (other := names(name)) in after
+        and other is not None
+        and (name in stored or compare(tensor, after[other]).error == 0)
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor, buffers that no state dict holds too."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    return {**dict(model.named_buffers(remove_duplicate=False)), **state}
+
+
 def _differences(
-    original: nn.Module, fused: nn.Module, names: Names, expected: Any, given: Any
+    original: nn.Module, fused: nn.Module, watched: Mapping[str, str], expected: Any, given: Any
 ) -> Iterator[Difference]:
     yield compare(expected, given)
-    after = fused.state_dict()
-    for name, tensor in original.state_dict().items():
-        other = names(name)
-        if not isinstance(tensor, Tensor) or other not in after:
+    after = _tensors(fused)
+    for name, tensor in _tensors(original).items():
+        if watched.get(name) not in after:
             continue
-        found = compare(tensor, after[other])
+        found = compare(tensor, after[watched[name]])
         yield Difference(found.error, name, found.why, found.floating, found.undefined)

@@ -199,12 +199,13 @@ def manifest_for(fold: Fold, input_sha256: str, **facts: Any) -> Manifest:
         key=checkpoint.nesting or "",
         strip_prefix=checkpoint.prefixes,
         adapter_sha256=fold.source.adapter.sha256 if fold.source.adapter else "",
-        trained=_trained(fold),
+        trained=trained_record(fold),
         **facts,
     )
 
 
-def _trained(fold: Fold) -> TrainedRecord | None:
+def trained_record(fold: Fold) -> TrainedRecord | None:
+    """What the manifest says of a checkpoint that quantization-aware training has left."""
     trained = fold.source.trained
     if trained is None:
         return None

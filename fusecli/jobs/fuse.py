@@ -16,7 +16,7 @@ from fusecli.engine import Group, needed
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.dataflow import Recording
-from fusecli.graph.kinds import is_norm
+from fusecli.graph.kinds import LAYER_KINDS, is_norm, kind_of
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.adapter import protected as adapter_files
@@ -234,7 +234,14 @@ class _Job:
             modules = dict(skeleton.named_modules(remove_duplicate=False))
             groups = groups_of(self.spec, [name for name in modules if name])
             if (trained := self.source.trained) is not None:
-                groups = trained_groups(trained, groups, lambda path: is_norm(modules[path]))
+                kinds = {path: kind_of(modules[path]) for group in groups for path in group.modules}
+                groups = trained_groups(
+                    trained,
+                    groups,
+                    lambda path: is_norm(modules[path]),
+                    lambda path: kinds[path] in LAYER_KINDS,
+                    self.spec.exclude,
+                )
             return skeleton, groups
         if self.spec.bake:
             fix = "give --model and --input, or model and inputs in the spec"
@@ -245,8 +252,14 @@ class _Job:
         known = module_names(self.source.checkpoint)
         groups = groups_of(self.spec, known, optional_from=2)
         if (trained := self.source.trained) is not None:
-            statistics = self.source.checkpoint.tensors
-            groups = trained_groups(trained, groups, lambda path: f"{path}.running_mean" in statistics)
+            stored = self.source.checkpoint.tensors
+            groups = trained_groups(
+                trained,
+                groups,
+                lambda path: f"{path}.running_mean" in stored,
+                lambda path: f"{path}.weight" in stored and f"{path}.running_mean" not in stored,
+                self.spec.exclude,
+            )
         groups += adapted_groups(self.source, groups)
         skeleton, assumed = planted(self.source.checkpoint, groups, dict(self.spec.assume))
         self.assumed = assumed

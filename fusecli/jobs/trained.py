@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from fusecli.checkpoint import StoredTensor
 from fusecli.checkpoint.qat_layout import QatLayout, qat_layout
 from fusecli.engine import Group, discover
@@ -21,10 +23,11 @@ from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.source import Source, module_names
 from fusecli.rewrite import Container, Manifest, ModuleTree
 from fusecli.spec import Spec
+from fusecli.spec.names import NameTree
 from fusecli.spec.wildcards import bind_groups
 
 # What keeps the names that the checkpoint has: no container, and no layer but the one before a norm.
-_RULES = frozenset({"conv_bn", "conv_transpose_bn", "linear_bn"})
+_RULES = frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", "bake"})
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def read_trained(source: Source, spec: Spec, manifest: Manifest | None = None) -
         if found is None:
             source.build = build
             return
-        layout, norms = found, _norms(source, spec, found.units)
+        layout, norms = found, _norms(source, spec, found)
+    _require_no_adapter(spec)
     hints: dict[str, Mapping[str, Any]] = {unit: _hints(source, unit) for unit in norms}
     if manifest is not None:
         hints |= {group.modules[0]: group.hints for group in manifest.groups}
@@ -75,7 +79,15 @@ def read_as(source: Source, spec: Spec, norms: Mapping[str, str], plain: Collect
     if layout is None:
         what = "is not the checkpoint of quantization-aware training that the artifact was made from"
         raise UsageError(Problem(what, str(source.checkpoint.path), "give the original first"))
-    _settle(source, layout, norms, {})
+    _settle(source, layout, {layer: norms[layer] for layer in layout.units if layer in norms}, {})
+
+
+def _require_no_adapter(spec: Spec) -> None:
+    """Raises UsageError: an adapter changes the weights that scales were learned for."""
+    if spec.adapter is not None:
+        what = "an adapter cannot be added to a checkpoint that was trained with simulated quantization"
+        fix = "add it to the float checkpoint, before that training"
+        raise UsageError(Problem(what, spec.where(("adapter",)), fix))
 
 
 def _settle(
@@ -83,6 +95,7 @@ def _settle(
 ) -> None:
     checkpoint, stored = source.checkpoint, source.checkpoint.tensors
     renamed = {key: _named(name, norms) for key, name in layout.names.items()}
+    _require_distinct(renamed, str(checkpoint.path))
     tensors = {new: replace(stored[key], name=new) for key, new in renamed.items()}
     scales = {
         what: (stored[quantizer.scale], stored[quantizer.zero_point])
@@ -104,6 +117,15 @@ def _settle(
     source.vocabulary = replace(source.vocabulary, rules=rules)
 
 
+def _require_distinct(renamed: Mapping[str, str], where: str) -> None:
+    """Raises UsageError where a norm inside a layer would get the name of another module."""
+    owners: dict[str, str] = {}
+    for key, name in renamed.items():
+        if (other := owners.setdefault(name, key)) != key:
+            what = f"{other} and {key} would both be {name}: that name belongs to one of them only"
+            raise UsageError(Problem(what, where, "name the norm inside each layer as the model does"))
+
+
 def _named(name: str, norms: Mapping[str, str]) -> str:
     """The plain name of a tensor, that of a norm inside a layer below the norm's own."""
     path, _, local = name.rpartition(".")
@@ -113,10 +135,15 @@ def _named(name: str, norms: Mapping[str, str]) -> str:
 
 def _recognised(source: Source, contains: Callable[[str], bool]) -> QatLayout | None:
     shapes = {name: tensor.shape for name, tensor in source.checkpoint.tensors.items()}
+    where = str(source.checkpoint.path)
     try:
-        return qat_layout(shapes, contains)
+        layout = qat_layout(shapes, contains)
     except ValueError as error:
-        raise UsageError(Problem(str(error), str(source.checkpoint.path))) from error
+        raise UsageError(Problem(str(error), where)) from error
+    if layout is not None and "" in layout.units:
+        what = "the whole file is one layer with a norm inside, and neither has a name"
+        raise UsageError(Problem(what, where, "save it as part of a model: nn.Sequential(layer)"))
+    return layout
 
 
 def may_be_trained(source: Source) -> bool:
@@ -127,10 +154,22 @@ def may_be_trained(source: Source) -> bool:
 def _layout(source: Source, spec: Spec) -> QatLayout | None:
     if source.build is not None:
         expected = source.blank().state_dict().keys()
-        return _recognised(source, lambda path: f"{path}.weight" in expected)
+        layout = _recognised(source, lambda path: f"{path}.weight" in expected)
+        return layout if layout is None or not _is_its_own(layout, expected, source, spec) else None
     firsts = (re.escape(group.modules[0]).replace(r"\*", "[^.]*") for group in spec.groups)
     listed = re.compile("|".join(firsts) or "(?!)")
     return _recognised(source, lambda path: listed.fullmatch(path) is not None)
+
+
+def _is_its_own(layout: QatLayout, expected: Collection[str], source: Source, spec: Spec) -> bool:
+    """Whether the model's class has all that the file has, observers too; raises UsageError where it is the
+    prepared model itself, whose norms are out of reach."""
+    own = not source.checkpoint.tensors.keys() - expected
+    if own and layout.kind == "prepared" and layout.units:
+        what = f"the factory builds the model as it was prepared: {layout.units[0]} has a norm inside"
+        fix = "name a factory that builds the float model, as it was before fuse_modules_qat"
+        raise UsageError(Problem(what, spec.where(("model",)), fix))
+    return own and layout.kind == "prepared"
 
 
 def _of_manifest(manifest: Manifest, source: Source) -> tuple[QatLayout, dict[str, str]]:
@@ -147,15 +186,20 @@ def _of_manifest(manifest: Manifest, source: Source) -> tuple[QatLayout, dict[st
             plain[key] = key
             continue
         number, _, local = key[len(path) + 1 :].partition(".")
-        member = containers[path][int(number)]
+        members = dict(enumerate(containers[path]))
+        if not local or not number.isdecimal() or int(number) not in members:
+            what = f"its manifest does not say which module {key} belongs to"
+            raise UsageError(Problem(what, str(source.checkpoint.path), "fuse the original again"))
+        member = members[int(number)]
         plain[key] = f"{member}.{local}"
         if local == "running_mean" and member != path:
             norms[path] = member
     return QatLayout("fused", plain, tuple(norms), {}, ()), norms
 
 
-def _norms(source: Source, spec: Spec, units: Sequence[str]) -> dict[str, str]:
+def _norms(source: Source, spec: Spec, layout: QatLayout) -> dict[str, str]:
     """For each layer with a norm inside the name of that norm; raises UsageError where nothing says it."""
+    units = layout.units
     if source.build is None:
         return _claimed(source, spec, units)
     model = source.blank().eval()
@@ -167,15 +211,17 @@ def _norms(source: Source, spec: Spec, units: Sequence[str]) -> dict[str, str]:
             found[group.modules[0]] = norm
     missing = [unit for unit in units if unit not in found]
     if missing and spec.inputs:
-        run = Run(model, samples_of(spec, spec.verify.seed, 1)[0], source.build)
+        stored = {name: source.checkpoint.tensors[key].dtype for key, name in layout.names.items()}
+        dtype = stored.get(f"{missing[0]}.weight", torch.get_default_dtype())
+        build = source.build
+        run = Run(model.to(dtype), samples_of(spec, spec.verify.seed, 1)[0], lambda: build().to(dtype))
         for offered in discover(tree, run, replace(source.vocabulary, rules=_RULES)).groups:
             if offered.modules[0] in missing:
                 found[offered.modules[0]] = offered.modules[1]
     if missing := [unit for unit in units if unit not in found]:
         what = f"{missing[0]} holds a norm, and nothing says which one of the model it is"
-        fix = (
-            f"list the layer and its norm in groups: [{missing[0]}, ...], or give inputs to run the model on"
-        )
+        fix = f"list the layer and its norm in groups: [{missing[0]}, ...]"
+        fix += "" if spec.inputs else ", or give inputs to run the model on"
         raise UsageError(Problem(what, str(source.checkpoint.path), fix))
     return found
 
@@ -198,12 +244,24 @@ def _hints(source: Source, unit: str) -> dict[str, Any]:
 
 
 def trained_groups(
-    trained: Trained, groups: Sequence[Group], holds_norm: Callable[[str], bool]
+    trained: Trained,
+    groups: Sequence[Group],
+    is_norm: Callable[[str], bool],
+    is_layer: Callable[[str], bool],
+    exclude: Collection[str] = (),
 ) -> list[Group]:
-    """The groups that fold a norm, and those of the layers with a norm inside that nobody has listed."""
-    kept = [group for group in groups if any(map(holds_norm, group.modules[1:]))]
+    """The groups that fold a norm, and those of the layers with a norm inside that nobody has listed or
+    excluded. What only makes a container of a layer and its activation is left out: there are none."""
+    norms = {path for group in groups for path in group.modules if is_norm(path)}
+    kept = [
+        group
+        for group in groups
+        if norms & {*group.modules[1:]} or (group.modules[0] in norms and any(map(is_layer, group.modules)))
+    ]
     held = {path for group in kept for path in group.modules}
-    kept += [Group((layer, norm)) for layer, norm in trained.norms.items() if layer not in held]
+    excluded = NameTree([path for pair in trained.norms.items() for path in pair], exclude).excluded
+    unlisted = ((layer, norm) for layer, norm in trained.norms.items() if layer not in held)
+    kept += [Group(pair) for pair in unlisted if not any(map(excluded, pair))]
     return [_with_hints(group, trained) for group in kept]
 
 

@@ -6,7 +6,7 @@ says of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import chosen
-from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold
+from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold, trained_record
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.int8 import facts_of
 from fusecli.jobs.proof import reported
@@ -29,7 +29,17 @@ from fusecli.jobs.trained import read_as, read_trained
 from fusecli.jobs.verdicts import judged, recorded, strictly
 from fusecli.jobs.verify_int8 import Int8Request, verify_int8
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
-from fusecli.rewrite import MANIFEST_KEY, Container, Manifest, ModuleTree, Opaque, Own, Plain, Remainder
+from fusecli.rewrite import (
+    MANIFEST_KEY,
+    Container,
+    Manifest,
+    ModuleTree,
+    Opaque,
+    Own,
+    Plain,
+    Remainder,
+    TrainedRecord,
+)
 from fusecli.rules import all_rules
 from fusecli.spec import Spec
 
@@ -131,13 +141,17 @@ def _structure(
         # What was done is judged, not whether this spec would do it.
         source.vocabulary = replace(source.vocabulary, rules=None, mode=manifest.mode)
     _read_trained(source, spec or Spec(), manifest, artifact)
+    known = {rule.name for rule in all_rules(manifest.mode) if rule.listed} | {"bake", "lora"}
+    unlisted = [group.modules[0] for group in manifest.groups if not rules_in(group.rule) <= known]
     if source.build is not None:
+        if spec is None and unlisted:
+            what = f"{', '.join(unlisted[:3])} cannot be judged without a run of the model"
+            raise UsageError(Problem(what, str(fused), "give --spec, with the inputs to run it on"))
         named = (path for group in groups for path in group.modules)
         _require_modules([*bakes, *named], source.build(), fused)
         return source, source.skeleton(), groups
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
-    known = {rule.name for rule in all_rules(manifest.mode) if rule.listed} | {"bake", "lora"}
-    blind += [group.modules[0] for group in manifest.groups if not rules_in(group.rule) <= known]
+    blind += unlisted
     blind += bakes.keys() - _adapted(source).keys()
     if blind:
         what = f"{', '.join(blind[:3])} cannot be judged without the model's code"
@@ -224,8 +238,7 @@ def _verify(
         totals_after=facts.totals(facts.layout_of(artifact), whole),
         ledger=tuple(ledger),
     )
-    if _edits(fold) != manifest.edits:
-        reason = "the manifest's edits are not those of its groups"
+    for reason in _unlike(fold, manifest):
         verdict = replace(verdict, judgement=Judgement.DIFFERENT, reasons=(*verdict.reasons, reason))
     verdict = strictly(replace(verdict, groups=reports), outcome, request.strict)
     status, code = _STATUS[verdict.judgement]
@@ -239,6 +252,26 @@ def _run(request: VerifyRequest, source: Source, skeleton: nn.Module) -> Run | N
         return None
     seed = request.seed if request.seed is not None else request.spec.verify.seed
     return Run(skeleton, samples_of(request.spec, seed, 1)[0], source.runnable)
+
+
+def _unlike(fold: Fold, manifest: Manifest) -> Iterator[str]:
+    """What the manifest says and the checkpoint does not."""
+    if _edits(fold) != manifest.edits:
+        yield "the manifest's edits are not those of its groups"
+    if _learned(trained_record(fold)) != _learned(manifest.trained):
+        yield "what the manifest says was trained is not what the checkpoint holds"
+    told = {group.planned: group.hints for group in manifest.groups}
+    for decision, hints in zip(fold.decisions, fold.hints, strict=True):
+        eps = told.get(decision.members, {}).get("eps")
+        if fold.source.build is not None and eps is not None and eps != hints.get("eps"):
+            yield f"{' + '.join(decision.members)}: the manifest's eps is {eps:g}, the model's is not"
+
+
+def _learned(record: TrainedRecord | None) -> object:
+    """The record without an order: the file may have been saved again, its tensors in another one."""
+    if record is None:
+        return None
+    return record.layout, dict(record.norms), sorted((q.of, q.rescaled) for q in record.quantizers)
 
 
 def _edits(fold: Fold) -> tuple[object, ...]:

@@ -217,9 +217,16 @@ def _group_from_dict(document: dict[str, Any]) -> GroupRecord:
 
 
 def _trained(document: dict[str, Any]) -> TrainedRecord:
-    norms = {str(layer): str(norm) for layer, norm in document["norms"].items()}
-    quantizers = (QuantizerRecord(str(q["of"]), bool(q["rescaled"])) for q in document["quantizers"])
-    return TrainedRecord(str(document["layout"]), norms, tuple(quantizers))
+    norms = dict(document["norms"].items())
+    quantizers = tuple(QuantizerRecord(q["of"], q["rescaled"]) for q in document["quantizers"])
+    texts = (*norms.keys(), *norms.values(), *(q.of for q in quantizers))
+    if not all(isinstance(text, str) and text for text in texts):
+        raise TypeError("what was trained has no name")
+    if document["layout"] not in ("fused", "prepared") or not all(
+        type(q.rescaled) is bool for q in quantizers
+    ):
+        raise ValueError(f"the layout is {document['layout']!r}")
+    return TrainedRecord(document["layout"], norms, quantizers)
 
 
 def _hints(values: Any) -> dict[str, Any]:

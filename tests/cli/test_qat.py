@@ -111,3 +111,29 @@ def test_a_damaged_mode_is_no_manifest(project: Project, cli: Cli) -> None:
     text = json.dumps({**manifest("model.fused.safetensors"), "mode": "other"})
     save_file(load_file("model.fused.safetensors"), "odd.safetensors", {"fusecli": text})
     assert cli("verify", "model.pt", "odd.safetensors", "--spec", "fuse.yaml", *ALLOW).code == 3
+
+
+ERRATIC = """
+import itertools
+from torch import nn
+
+counted = itertools.count(1)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return y * next(counted) if self.training else y
+
+def build():
+    return Net()
+"""
+
+
+def test_a_model_that_trains_differently_each_time(project: Project, cli: Cli) -> None:
+    """It is no proof against the fusion, nor one for it."""
+    project(ERRATIC, qat=True, inputs=[{"shape": [4, 3, 8, 8]}])
+    done = cli("fuse", "model.pt", "--spec", "fuse.yaml", *ALLOW)
+    assert (done.code, "the original itself, trained twice" in " ".join(done.out.split())) == (6, True)

@@ -104,3 +104,35 @@ def test_a_fused_model_that_raises_is_different() -> None:
     found = judged(model(), fused)
     assert found.judgement is Judgement.DIFFERENT
     assert "the fused model raises" in found.said
+
+
+class Remembers(nn.Module):
+    """Keeps the mean of what the convolution gives, in a buffer that no state dict holds."""
+
+    def __init__(self, *, of_norm: bool) -> None:
+        super().__init__()
+        self.net, self.of_norm = model(), of_norm
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net.conv(x)
+        z = self.net.bn(y)
+        if self.training:
+            self.seen = (z if self.of_norm else y).detach().mean()
+        return z  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_no_state_dict_holds_is_seen() -> None:
+    found = judged(Remembers(of_norm=False), Remembers(of_norm=True))
+    assert (found.judgement, found.difference.where) == (Judgement.DIFFERENT, "seen")
+    assert judged(Remembers(of_norm=True), Remembers(of_norm=True)).judgement is Judgement.EQUIVALENT
+
+
+def test_what_no_name_tells_shows_afterwards() -> None:
+    """As of what a custom fuser made: its tensors have names of their own."""
+    fused = model()
+    _momentum(fused)
+    found = judge_training(model().double(), fused.double(), lambda _: None, [X], 0)
+    assert (found.judgement, "in eval mode afterwards" in found.said) == (Judgement.DIFFERENT, True)
+    same = judge_training(model().double(), model().double(), lambda _: None, [X], 0)
+    assert same.judgement is Judgement.EQUIVALENT
