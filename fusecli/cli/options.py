@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
+from fusecli.errors import Problem, UsageError
+
 _RUN, _CODE, _PROOF, _REPORT = "Model", "Trust", "Verification", "Report"
 
 Checkpoint = Annotated[Path, typer.Argument(help="The checkpoint to read; it is never changed.")]
@@ -118,6 +120,15 @@ Bake = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+Threshold = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--threshold",
+        metavar="NAME=X,...",
+        help="What int8 has to reach: sqnr=20 (dB), cosine=0.98, top1=0.99, accuracy_drop=1 (points).",
+        rich_help_panel=_PROOF,
+    ),
+]
 Seed = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(
@@ -156,6 +167,21 @@ def trusted(allow_code: list[str] | None, model: str | None) -> list[str]:
     source = model.partition("(")[0].rpartition(":")[0] if model else ""
     typed = [source if source.endswith(".py") else source.partition(".")[0]] if source else []
     return [*(allow_code or []), *typed]
+
+
+def lines(text: str) -> dict[str, float]:
+    """sqnr=20,cosine=0.98 as a mapping; the spec's reader knows the names. Raises UsageError."""
+    found: dict[str, float] = {}
+    for word in text.split(","):
+        name, _, number = (part.strip() for part in word.partition("="))
+        if name in found:
+            raise UsageError(Problem(f"{name} is given twice", "--threshold", "give it once"))
+        try:
+            found[name] = float(number)
+        except ValueError:
+            fix = "write sqnr=20, cosine=0.98, top1=0.99 or accuracy_drop=1, with commas between"
+            raise UsageError(Problem(f"'{word}' is no threshold", "--threshold", fix)) from None
+    return found
 
 
 def typed_words(model: str | None, inputs: list[str] | None) -> list[str]:

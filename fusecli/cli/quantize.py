@@ -11,7 +11,6 @@ import typer
 from fusecli.cli import options
 from fusecli.cli.reports import Failed, Reports, finish
 from fusecli.cli.screen import dialogue
-from fusecli.errors import Problem, UsageError
 from fusecli.outcome import Outcome
 
 _INT8 = "Int8"
@@ -69,15 +68,7 @@ def quantize(
             rich_help_panel=_INT8,
         ),
     ] = False,
-    threshold: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--threshold",
-            metavar="NAME=X,...",
-            help="What int8 has to reach: sqnr=20 (dB), cosine=0.98, top1=0.99, accuracy_drop=1 (points).",
-            rich_help_panel=_INT8,
-        ),
-    ] = None,
+    threshold: options.Threshold = None,
     bake: options.Bake = False,
     eps: options.Eps = None,
     allow_code: options.AllowCode = None,
@@ -104,13 +95,13 @@ def quantize(
         }
         typed = {name: value for name, value in chosen.items() if value is not None}
         if threshold is not None:
-            typed["threshold"] = _lines(threshold)
+            typed["threshold"] = options.lines(threshold)
         # Before torch is imported: a slip in the spec is told at once.
         parsed = spec_from_options(spec, model=model, inputs=inputs or (), bake=bake, eps=eps, quantize=typed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent
-            from fusecli.jobs.fuse import protected
+            from fusecli.jobs.int8 import protected
             from fusecli.jobs.quantize import QuantizeRequest, quantize_file
 
             reports.spare(protected(parsed))
@@ -131,16 +122,3 @@ def quantize(
                 return quantize_file(request, consent, person.tick)
 
     finish(Failed("quantize", checkpoint, spec), reports, work)
-
-
-def _lines(text: str) -> dict[str, float]:
-    """sqnr=20,cosine=0.98 as a mapping; the spec's reader knows the names."""
-    lines: dict[str, float] = {}
-    for word in text.split(","):
-        name, _, number = word.strip().partition("=")
-        try:
-            lines[name] = float(number)
-        except ValueError:
-            fix = "write sqnr=20, cosine=0.98, top1=0.99 or accuracy_drop=1, with commas between"
-            raise UsageError(Problem(f"'{word}' is no threshold", "--threshold", fix)) from None
-    return lines

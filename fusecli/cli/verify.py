@@ -23,6 +23,7 @@ def verify(
     ] = None,
     model: options.Model = None,
     inputs: options.Inputs = None,
+    threshold: options.Threshold = None,
     allow_code: options.AllowCode = None,
     allow_pickle: options.AllowPickle = False,
     seed: options.Seed = None,
@@ -43,11 +44,12 @@ def verify(
         from fusecli.spec.typed import spec_from_options
 
         known = spec is not None or model is not None
-        parsed = spec_from_options(spec, model=model, inputs=inputs or ()) if known else None
+        typed = {"threshold": options.lines(threshold)} if threshold is not None else None
+        parsed = spec_from_options(spec, model=model, inputs=inputs or (), quantize=typed) if known else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent
-            from fusecli.jobs.fuse import protected
+            from fusecli.jobs.int8 import protected
             from fusecli.jobs.verify import VerifyRequest, verify_file
 
             reports.spare(protected(parsed) if parsed else [])

@@ -6,6 +6,7 @@ error left. Source: Nagel et al. 2019, arXiv:1906.04721, section 4.2 and appendi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from fusecli.int8.flow import tensor_of
+from fusecli.int8.torchao import quiet
 from fusecli.int8.units import QuantUnit
 from fusecli.int8.watching import Watch, run
 from fusecli.sample import Sample
+
+# Another machine rounds a few activations the other way: of a shift, and of the largest bias.
+_ROOM, _CLOSE = 0.05, 1e-6
 
 
 @torch.no_grad()
@@ -46,6 +51,30 @@ def correct_biases(
         bias = tensor_of(converted, target)
         bias.copy_((bias.double() + torch.stack(shifts[name]).mean(0)).to(bias.dtype))
     return len(biases)
+
+
+def miscorrected(
+    reference: fx.GraphModule,
+    converted: fx.GraphModule,
+    units: Sequence[QuantUnit],
+    batches: Sequence[Sample],
+    tick: Callable[[str], None],
+) -> list[str]:
+    """Names of biases that are not what correction on these batches makes of the float ones."""
+    with quiet():  # torch warns of its own tree specs when they are copied
+        twin = copy.deepcopy(converted)
+    biases = {}
+    for name in _biases(twin, units).values():
+        biases[name] = tensor_of(reference, name).detach()
+        tensor_of(twin, name).copy_(biases[name])
+    correct_biases(reference, twin, units, batches, tick)
+    return [name for name, bias in biases.items() if not _near(twin, converted, name, bias)]
+
+
+def _near(twin: fx.GraphModule, converted: fx.GraphModule, name: str, bias: Tensor) -> bool:
+    wanted, found = tensor_of(twin, name), tensor_of(converted, name)
+    room = _ROOM * float((wanted - bias).abs().max()) + _CLOSE * float(bias.abs().max())
+    return bool(((found - wanted).abs() <= room).all())
 
 
 def _biases(converted: fx.GraphModule, units: Sequence[QuantUnit]) -> dict[str, str]:

@@ -78,11 +78,13 @@ def teach(
 ) -> list[str]:
     """Puts learned scales in the place of calibrated ones; returns a note for each that belongs to no value.
 
-    Values of one scale take the first that is known for any of them.
+    Values of one scale take the first that is known for any of them. Of a layer and the activation in its
+    unit the activation's is meant: what is in front of it is no value any more.
     """
     layers = (unit for unit in units if unit.weight)
     aliases = {f"{path}.output": f"{unit.name}.output" for unit in layers for path in unit.modules}
-    wanted = {aliases.get(name, name): name for name in known}
+    wanted = {name: name for name in known if name not in aliases}
+    wanted |= {value: name for name, value in aliases.items() if name in known}
     done: set[Any] = set()
     for node, observer in observers(prepared):
         name = names[node.name]

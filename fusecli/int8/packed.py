@@ -80,7 +80,14 @@ def unpacked(
         put(integers, taken(tensors, name), name)
     for target in float_names(converted):
         put(tensor_of(converted, target), taken(tensors, target), target)
+    if strange := sorted(tensors.keys() - packed(quantized)[0].keys() - _zero_points(quantized)):
+        raise UsageError(Problem("nothing of the model is called so", strange[0], DIFFERENT))
     return converted
+
+
+def _zero_points(quantized: Quantized) -> set[str]:
+    """Of weights: they are stored where not all are 0, and may be anyway."""
+    return {f"{name}.zero_point" for name, *_ in integer_weights(quantized)}
 
 
 def integer_weights(quantized: Quantized) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:

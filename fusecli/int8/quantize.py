@@ -99,15 +99,20 @@ def calibrated(
     """
     options = options or Options()
     first(calibration)
-    if not planned.units:
-        reasons = "; ".join(f"{left.node}: {left.reason}" for left in planned.left[:3])
-        raise UsageError(Problem("nothing in the model can be quantized", fix=reasons))
+    require_units(planned)
     prepared = prepare(planned.exported.module, planned.units, options)
     names = value_names(prepared, planned.units)
     calibrate(prepared, names, calibration, tick)
     notes = (*planned.notes, *teach(prepared, names, planned.units, known or {}))
     tick("converting")
     return Quantized(planned, convert(prepared), options, names, notes)
+
+
+def require_units(planned: Plan) -> None:
+    """Raises UsageError where there is nothing to quantize."""
+    if not planned.units:
+        reasons = "; ".join(f"{left.node}: {left.reason}" for left in planned.left[:3])
+        raise UsageError(Problem("nothing in the model can be quantized", fix=reasons))
 
 
 def first(calibration: Sequence[Sample]) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,43 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fusecli.int8.flow import tensor_of
-from fusecli.int8.packed import float_names
+from fusecli.int8.ops import op_name
+from fusecli.int8.packed import float_names, packed
+from fusecli.int8.quantize import Quantized
+from fusecli.int8.saved import calls
 from fusecli.int8.units import QuantUnit
 
 # Of a step: the quotient is rounded to float32 before it is rounded to an integer.
 HALF = 0.5 + 1e-3
+
+
+def other_ops(reference: GraphModule, converted: GraphModule) -> list[str]:
+    """Names of ops that only one of the graphs has, or that are not the same op; those that quantize and
+    dequantize are no difference."""
+    mine, theirs = (
+        {node.name: str(node.target) for node in calls(graph) if not _quantizes(node)}
+        for graph in (reference, converted)
+    )
+    return sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+
+
+def _quantizes(node: Node) -> bool:
+    return op_name(node).startswith("quantized_decomposed.")
+
+
+def otherwise_scaled(quantized: Quantized, converted: GraphModule) -> list[str]:
+    """Names of scales and zero points of `converted` that are not those of `quantized`, which was made of the
+    same model by the same calibration; what another machine rounds otherwise is let through."""
+    mine, theirs = (packed(replace(quantized, model=graph))[0] for graph in (quantized.model, converted))
+    none = torch.zeros(1, dtype=torch.int32)  # symmetric weights have no zero point
+    wrong = []
+    for name in sorted(mine.keys() | theirs.keys()):
+        if name.endswith(".scale") and not torch.allclose(mine[name], theirs[name], rtol=1e-3, atol=0):
+            wrong.append(name)
+        if name.endswith(".zero_point"):
+            gap = mine.get(name, none) - theirs.get(name, none)
+            wrong += [name] if int(gap.abs().max()) > 1 else []
+    return wrong
 
 
 def misrounded(
@@ -40,6 +73,8 @@ def misrounded(
 def _holds(reference: GraphModule, converted: GraphModule, name: str, layer: Node) -> bool:
     """The weight of a layer is read behind the op that dequantizes it, which has all the numbers."""
     dequantize: Any = layer.args[1]
+    if not op_name(dequantize).startswith("quantized_decomposed.dequantize_per_"):
+        return False
     integers, scale, zero_point, *rest = dequantize.args
     weight = tensor_of(reference, name).detach().double()
     if isinstance(scale, Node):  # per channel

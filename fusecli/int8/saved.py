@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,9 +55,16 @@ def deflated(archive: io.BytesIO) -> bytes:
 
 
 def calls(module: GraphModule) -> list[Node]:
-    """The ops of a graph in order, but those that ask for sizes: saving puts these in another place."""
-    nodes = module.graph.nodes
-    return [node for node in nodes if node.op == "call_function" and op_name(node) != "aten.sym_size"]
+    """The ops of a graph in order, but those that ask for sizes: saving puts these in another place.
+
+    Nor what nobody reads of an op with several results, as of a norm: saving adds that.
+    """
+    ops = [node for node in module.graph.nodes if node.op == "call_function"]
+    return [
+        node
+        for node in ops
+        if op_name(node) != "aten.sym_size" and (node.users or node.target is not operator.getitem)
+    ]
 
 
 def load(path: Path, names: Sequence[str] = ()) -> GraphModule:

@@ -56,6 +56,7 @@ def _accuracy_shortfall(most: float | None, accuracies: tuple[float, float] | No
 
 
 def _told_apart(got: float, line: float) -> tuple[str, str]:
-    """Both with as few digits as show that they differ."""
+    """The line as it was asked for, and the number with as few digits as show that it differs."""
+    asked = f"{line:g}" if float(f"{line:g}") == line else repr(line)
     pairs = ((f"{got:.{digits}g}", f"{line:.{digits}g}") for digits in (4, 8, 17))
-    return next(pair for pair in pairs if pair[0] != pair[1])
+    return next(have for have, other in pairs if have != other), asked

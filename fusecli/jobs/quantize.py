@@ -23,11 +23,12 @@ from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.int8.bias import correct_biases
 from fusecli.int8.equalize import Equalized, equalized, unequal
 from fusecli.int8.packed import packed, unpacked
-from fusecli.int8.quantize import Plan, Quantized, calibrated, plan
+from fusecli.int8.quantize import Plan, Quantized, calibrated, plan, require_units
 from fusecli.int8.saved import archive, load
 from fusecli.int8.units import Options
 from fusecli.jobs import facts, int8
-from fusecli.jobs.fuse import FuseRequest, fuse_file, protected
+from fusecli.jobs.fuse import FuseRequest, fuse_file
+from fusecli.jobs.int8 import protected
 from fusecli.jobs.proof import Tick
 from fusecli.jobs.source import Source, source_of
 from fusecli.jobs.trained import read_trained
@@ -98,13 +99,18 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
     fmt, target = request.target
     spec = request.spec
     check_target(target, request.checkpoint, request.force or request.dry_run, protected(spec))
-    samples = int8.calibration(spec, request.seeded)
+    samples, given = int8.calibration(spec, request.seeded), int8.evaluation(spec, request.seeded)
     try:
         floats = floats_of(request.checkpoint, spec, consent, tick, request.allow_pickle, request.seeded)
     except Stopped as stopped:
         return stopped.outcome
+    for batches in (samples, given):
+        int8.require_running(floats.original, batches)
+    int8.require_scores(floats.original, given)
     tick("exporting the model")
     planned, moved, error = prepared(floats, spec, samples.samples[0])
+    for batches in (samples, given):
+        int8.require_running(planned.exported.module, batches)
     known = replace(
         described(planned, floats),
         options=options_of(spec),
@@ -117,8 +123,10 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
     outcome = replace(floats.outcome, ledger=(*floats.outcome.ledger, *int8.random_ledger(samples)))
     if request.dry_run:
         step = f"without --dry-run this calibrates on {samples.said} and writes {target}"
+        if not spec.quantize.threshold.asks:
+            step = f"without --dry-run this writes nothing: {int8.UNDECIDED}; {int8.ADD_THRESHOLD}"
         return replace(outcome, status="planned", quantization=known, next_step=step)
-    quantized = calibrated(planned, samples.samples, _choices(spec), known=floats.learned, tick=tick)
+    quantized = calibrated(planned, samples.samples, choices_of(spec), known=floats.learned, tick=tick)
     if spec.quantize.correct_bias:
         correct_biases(quantized.reference, quantized.model, quantized.units, samples.samples, tick)
     known = replace(known, notes=quantized.notes)
@@ -129,7 +137,7 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
         tick("comparing with the float model")
         written = read_back(stage.path, fmt, quantized, floats, samples.samples[0])
         models = int8.Models(floats.original, floats.fused, quantized.reference, written)
-        found, missed = int8.measured(models, quantized.units, spec, request.seeded, known)
+        found, missed = int8.measured(models, quantized.units, spec, given, known)
         outcome = int8.judged(replace(outcome, status="quantized"), found, missed)
         if outcome.exit_code is not ExitCode.OK:
             return outcome
@@ -217,6 +225,7 @@ def prepared(
 ) -> tuple[Plan, tuple[EqualizedReport, ...], float | None]:
     """The plan, on a graph whose ranges were moved where the spec wants that, and how exact that was."""
     planned = plan(floats.fused, sample)
+    require_units(planned)
     if not spec.quantize.equalize:
         return planned, (), None
     if floats.learned:
@@ -248,7 +257,7 @@ def described(planned: Plan, floats: Floats) -> Quantization:
     return Quantization(int8.unit_reports(planned.units, ranges), int8.float_reports(planned.left))
 
 
-def _choices(spec: Spec) -> Options:
+def choices_of(spec: Spec) -> Options:
     return Options(observer=spec.quantize.observer, weights=spec.quantize.weights)
 
 

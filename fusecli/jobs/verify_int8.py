@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,19 @@ from torch.fx import GraphModule
 from fusecli.checkpoint import open_checkpoint
 from fusecli.consent import Consent
 from fusecli.errors import ExitCode, Problem, UnsafeError, UsageError
+from fusecli.int8.bias import miscorrected
 from fusecli.int8.packed import unpacked
-from fusecli.int8.rounded import misrounded
+from fusecli.int8.quantize import Plan, calibrated
+from fusecli.int8.rounded import misrounded, other_ops, otherwise_scaled
 from fusecli.int8.saved import load
 from fusecli.jobs import facts, int8
 from fusecli.jobs.proof import Tick
-from fusecli.jobs.quantize import Floats, Stopped, described, floats_of, options_of, prepared
+from fusecli.jobs.quantize import Floats, Stopped, choices_of, described, floats_of, options_of, prepared
 from fusecli.outcome import LedgerEntry, Outcome
 from fusecli.sample import Sample
 from fusecli.spec import Spec
+
+_SAME = "verify it with the spec that it was made with"
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,29 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
     spec = _as_made(spec, request.said)
     seed = request.seed if request.seed is not None else spec.verify.seed
     samples = int8.evaluation(spec, seed)
+    archive = int8.is_archive(request.int8)
+    if archive and not request.allow_pickle:
+        what = "torch.export.load runs code that a .pt2 file names"
+        fix = "add --allow-pickle if you trust it, or quantize with --format safetensors"
+        raise UnsafeError(Problem(what, str(request.int8), fix))
     try:
         floats = floats_of(request.checkpoint, spec, consent, tick, request.allow_pickle, seed)
     except Stopped as stopped:
         return replace(stopped.outcome, command="verify")
+    int8.require_running(floats.original, samples)
+    int8.require_scores(floats.original, samples)
     planned, moved, error = prepared(floats, spec, samples.samples[0])
+    int8.require_running(planned.exported.module, samples)
     if [list(unit.nodes) for unit in planned.units] != [
         unit["nodes"] for unit in request.said["int8"]["units"]
     ]:
         what = "its units are not those of this model: it was made with another spec, model or torch"
-        raise UsageError(Problem(what, str(request.int8), "verify it with the spec that it was made with"))
+        raise UsageError(Problem(what, str(request.int8), _SAME))
     tick("loading the int8 model")
-    written = _loaded(request, floats, samples.samples[0])
+    written = _loaded(request, archive, floats, samples.samples[0])
+    if strange := other_ops(planned.exported.module, written):
+        what = f"its ops are not those of this model: {', '.join(strange[:3])}"
+        raise UsageError(Problem(what, str(request.int8), _SAME))
     known = replace(
         described(planned, floats),
         options=options_of(spec),
@@ -69,28 +84,44 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
     )
     tick("comparing with the float model")
     models = int8.Models(floats.original, floats.fused, planned.exported.module, written)
-    found, missed = int8.measured(models, planned.units, spec, seed, known)
+    found, missed = int8.measured(models, planned.units, spec, samples, known)
     outcome = replace(
         floats.outcome,
         command="verify",
         status="verified",
         exit_code=ExitCode.OK,
-        output=facts.file_facts(request.int8, request.int8.suffix.lstrip(".")),
+        output=facts.file_facts(request.int8, "pt2" if archive else "safetensors"),
         ledger=(*floats.outcome.ledger, *int8.random_ledger(samples), *_mismatch(request, floats)),
     )
     outcome = int8.judged(outcome, found, missed)
-    corrected = spec.quantize.correct_bias
-    wrong = misrounded(planned.exported.module, written, planned.units, corrected=corrected)
+    wrong = list(_wrong(planned, written, floats, spec, seed, tick))
     if not wrong:
         return outcome
-    said = f"it does not hold the float model's numbers, rounded: {', '.join(wrong[:3])}"
     return replace(
         outcome,
         status="different",
         exit_code=ExitCode.DIFFERENT,
-        problems=(said, *outcome.problems),
+        problems=(*wrong, *outcome.problems),
         next_step="do not release this file; quantize the checkpoint again",
     )
+
+
+def _wrong(
+    planned: Plan, written: GraphModule, floats: Floats, spec: Spec, seed: int, tick: Tick
+) -> Iterator[str]:
+    """What the file holds that is not made of the float model, in sentences: no threshold decides that.
+
+    The model is calibrated once more, on what the spec says.
+    """
+    reference, units, corrected = planned.exported.module, planned.units, spec.quantize.correct_bias
+    if wrong := misrounded(reference, written, units, corrected=corrected):
+        yield f"it does not hold the float model's numbers, rounded: {', '.join(wrong[:3])}"
+    given = int8.calibration(spec, seed)
+    again = calibrated(planned, given.samples, choices_of(spec), known=floats.learned, tick=tick)
+    if wrong := otherwise_scaled(again, written):
+        yield f"calibration on {given.said} does not give its scales: {', '.join(wrong[:3])}"
+    if corrected and (wrong := miscorrected(reference, written, units, given.samples, tick)):
+        yield f"correction on {given.said} does not give its biases: {', '.join(wrong[:3])}"
 
 
 def _as_made(spec: Spec, said: Mapping[str, Any]) -> Spec:
@@ -100,16 +131,12 @@ def _as_made(spec: Spec, said: Mapping[str, Any]) -> Spec:
     return spec.model_copy(update={"quantize": chosen})
 
 
-def _loaded(request: Int8Request, floats: Floats, sample: Sample) -> GraphModule:
-    if request.int8.suffix == ".safetensors":
-        with open_checkpoint(request.int8) as artifact:
-            tensors = {name: stored.load().clone() for name, stored in artifact.tensors.items()}
-        return unpacked(floats.fused, sample, tensors, request.said["int8"])
-    if not request.allow_pickle:
-        what = "torch.export.load runs code that a .pt2 file names"
-        fix = "add --allow-pickle if you trust it, or quantize with --format safetensors"
-        raise UnsafeError(Problem(what, str(request.int8), fix))
-    return load(request.int8, request.said["ops"])
+def _loaded(request: Int8Request, archive: bool, floats: Floats, sample: Sample) -> GraphModule:
+    if archive:
+        return load(request.int8, request.said["ops"])
+    with open_checkpoint(request.int8) as artifact:
+        tensors = {name: stored.load().clone() for name, stored in artifact.tensors.items()}
+    return unpacked(floats.fused, sample, tensors, request.said["int8"])
 
 
 def _mismatch(request: Int8Request, floats: Floats) -> list[LedgerEntry]:

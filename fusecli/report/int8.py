@@ -69,7 +69,7 @@ def whole_model(found: Quantization) -> Iterator[tuple[str, str]]:
     if found.cosine is not None:
         yield "cosine", f"{cosine(found.cosine)}, the worst sample {cosine(found.worst_cosine)}"
     if found.top1 is not None:
-        yield "same label", percent(found.top1)
+        yield "same top-1", percent(found.top1)
 
 
 def thresholds(found: Quantization) -> str:

@@ -17,11 +17,12 @@ from fusecli.spec.groups import GroupSpec
 from fusecli.spec.inputs import InputSpec
 from fusecli.spec.model import Assume, Checkpoint, Origin, Output, Spec, Verify
 from fusecli.spec.nodes import Finding, Node, Place
+from fusecli.spec.quantize import Quantize, Threshold
 from fusecli.spec.reader import DEEPEST, read_tree
 from fusecli.spec.text import decode, read_bytes
 from fusecli.spec.wording import escaped, shown, suggestion
 
-# The mapping that stands below each top-level key; its fields are the keys that may be meant.
+# The mapping that stands below each key; its fields are the keys that may be meant.
 _PARTS: dict[str, type[BaseModel]] = {
     "adapter": Adapter,
     "checkpoint": Checkpoint,
@@ -31,8 +32,10 @@ _PARTS: dict[str, type[BaseModel]] = {
     "assume": Assume,
     "extra_mappings": ExtraMapping,
     "verify": Verify,
+    "quantize": Quantize,
     "output": Output,
 }
+_BELOW_QUANTIZE: dict[object, type[BaseModel]] = {"threshold": Threshold, "calibrate": InputSpec}
 
 
 def read_spec(path: str | Path) -> Spec:
@@ -123,6 +126,15 @@ def _node(value: object, path: nodes.Path, label: str, findings: list[Finding]) 
     return Node(entries, place)
 
 
+def _owner(path: nodes.Path) -> type[BaseModel]:
+    """The mapping that the last of these keys stands in."""
+    if len(path) < 2:
+        return Spec
+    if path[0] == "quantize" and len(path) > 2:
+        return _BELOW_QUANTIZE[path[1]]
+    return _PARTS[str(path[0])]
+
+
 def _finding(details: Any, root: Node) -> tuple[Place, Finding]:
     """The place of the value that pydantic complains about, and the complaint in our words."""
     loc, kind = details["loc"], details["type"]
@@ -131,7 +143,7 @@ def _finding(details: Any, root: Node) -> tuple[Place, Finding]:
     if kind == "spec":
         return node.place, Finding(node.headed, details["ctx"]["what"], details["ctx"]["fix"])
     if kind == "extra_forbidden":
-        owner = _PARTS[loc[0]] if len(loc) > 1 else Spec
+        owner = _owner(loc)
         keys = [field.alias or name for name, field in owner.model_fields.items()]
         return node.place, Finding(at_key, f"key {shown(loc[-1])} is unknown", suggestion(loc[-1], keys))
     if kind == "missing":

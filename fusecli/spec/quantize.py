@@ -19,7 +19,7 @@ Real = Annotated[float, BeforeValidator(read_float), WithJsonSchema({"type": "nu
 class Threshold(Part):
     """How like the float model the int8 one has to be; what is not given is not asked.
 
-    sqnr           of the output, in dB, at least
+    sqnr           of the output, in dB, at least; an output of zeros has 0
     cosine         of the output, averaged over the samples, at least
     top1           the share of samples with the same label, at least
     accuracy_drop  in points of 100, at most; needs labels
@@ -32,6 +32,8 @@ class Threshold(Part):
 
     @model_validator(mode="after")
     def _in_range(self) -> Self:
+        if self.sqnr is not None and self.sqnr <= 0:
+            raise problem(f"sqnr is above 0, found {self.sqnr:g}", "an output of zeros has 0 dB")
         for name, value, low, high in (
             ("cosine", self.cosine, -1, 1),
             ("top1", self.top1, 0, 1),
@@ -42,6 +44,10 @@ class Threshold(Part):
         if self.cosine == -1 or self.top1 == 0 or self.accuracy_drop == 100:
             raise problem("a threshold that everything passes proves nothing", "ask for something")
         return self
+
+    @property
+    def asks(self) -> bool:
+        return any(line is not None for line in (self.sqnr, self.cosine, self.top1, self.accuracy_drop))
 
 
 class Quantize(Part):
