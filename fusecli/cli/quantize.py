@@ -101,7 +101,7 @@ def quantize(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent
-            from fusecli.jobs.int8 import protected
+            from fusecli.jobs.batches import protected
             from fusecli.jobs.quantize import QuantizeRequest, quantize_file
 
             reports.spare(protected(parsed))

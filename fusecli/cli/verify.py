@@ -49,7 +49,7 @@ def verify(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent
-            from fusecli.jobs.int8 import protected
+            from fusecli.jobs.batches import protected
             from fusecli.jobs.verify import VerifyRequest, verify_file
 
             reports.spare(protected(parsed) if parsed else [])

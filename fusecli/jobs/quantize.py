@@ -8,15 +8,12 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fusecli.artifact import artifact_at, load_into, manifest_of
-from fusecli.checkpoint import Checkpoint, check_target, open_checkpoint, staged, write_safetensors
+from fusecli.checkpoint import check_target, open_checkpoint, staged, write_safetensors
 from fusecli.consent import Consent
 from fusecli.equivalence.compare import TOLERANCE
 from fusecli.errors import ExitCode, Problem, UsageError
@@ -26,20 +23,15 @@ from fusecli.int8.packed import packed, unpacked
 from fusecli.int8.quantize import Plan, Quantized, calibrated, plan, require_units
 from fusecli.int8.saved import archive, load
 from fusecli.int8.units import Options
-from fusecli.jobs import facts, int8
-from fusecli.jobs.fuse import FuseRequest, fuse_file
-from fusecli.jobs.int8 import protected
+from fusecli.jobs import batches, facts, int8, int8_facts
+from fusecli.jobs.batches import protected
+from fusecli.jobs.floats import Floats, Stopped, floats_of
 from fusecli.jobs.proof import Tick
-from fusecli.jobs.source import Source, source_of
-from fusecli.jobs.trained import read_trained
 from fusecli.jobs.weight_ranges import channel_range
 from fusecli.outcome import EqualizedReport, Outcome, Quantization
 from fusecli.rewrite import MANIFEST_KEY
 from fusecli.sample import Sample
 from fusecli.spec import Spec
-
-Learned = Mapping[str, tuple[Tensor, Tensor]]
-_CONTAINERS = ("conv_bn_relu", "linear_bn_relu")
 
 
 @dataclass(frozen=True)
@@ -72,25 +64,6 @@ class QuantizeRequest:
         return fmt, self.output or beside
 
 
-@dataclass(frozen=True)
-class Floats:
-    """The float model and its fold, what was learned for it, and how the fold went (None: it was one)."""
-
-    original: nn.Module
-    fused: nn.Module
-    learned: Learned
-    outcome: Outcome
-    bytes: Mapping[str, int]
-
-
-class Stopped(Exception):
-    """The fold did not succeed; carries its outcome."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome.status)
-        self.outcome = outcome
-
-
 def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambda _: None) -> Outcome:
     """Does the whole job; nothing is at the target unless the thresholds of the spec are met.
 
@@ -99,18 +72,18 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
     fmt, target = request.target
     spec = request.spec
     check_target(target, request.checkpoint, request.force or request.dry_run, protected(spec))
-    samples, given = int8.calibration(spec, request.seeded), int8.evaluation(spec, request.seeded)
+    samples, given = batches.calibration(spec, request.seeded), batches.evaluation(spec, request.seeded)
     try:
         floats = floats_of(request.checkpoint, spec, consent, tick, request.allow_pickle, request.seeded)
     except Stopped as stopped:
         return stopped.outcome
-    for batches in (samples, given):
-        int8.require_running(floats.original, batches)
-    int8.require_scores(floats.original, given)
+    for some in (samples, given):
+        batches.require_running(floats.original, some)
+    batches.require_scores(floats.original, given)
     tick("exporting the model")
     planned, moved, error = prepared(floats, spec, samples.samples[0])
-    for batches in (samples, given):
-        int8.require_running(planned.exported.module, batches)
+    for some in (samples, given):
+        batches.require_running(planned.exported.module, some)
     known = replace(
         described(planned, floats),
         options=options_of(spec),
@@ -120,7 +93,7 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
         bytes=floats.bytes,
         notes=planned.notes,
     )
-    outcome = replace(floats.outcome, ledger=(*floats.outcome.ledger, *int8.random_ledger(samples)))
+    outcome = replace(floats.outcome, ledger=(*floats.outcome.ledger, *batches.random_ledger(samples)))
     if request.dry_run:
         step = f"without --dry-run this calibrates on {samples.said} and writes {target}"
         if not spec.quantize.threshold.asks:
@@ -144,80 +117,6 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
         outcome = replace(outcome, output=_output(stage.path, target, fmt))
         stage.commit()
     return replace(outcome, next_step=_verify_command(request, target, fmt, consent.words))
-
-
-def floats_of(path: Path, spec: Spec, consent: Consent, tick: Tick, allow_pickle: bool, seed: int) -> Floats:
-    """The float model and its fold, proven; raises Stopped where the fold does not succeed."""
-    if not (spec.groups or spec.discover):
-        spec = spec.model_copy(update={"discover": True})
-    # A container would change the names of weights, and an exported graph has no use for it.
-    spec = spec.model_copy(update={"qat": False, "no_rules": (*spec.no_rules, *_CONTAINERS)})
-    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle, **_nesting(path, spec))
-    with checkpoint:
-        manifest = manifest_of(checkpoint) if MANIFEST_KEY in checkpoint.metadata else None
-        source = source_of(checkpoint, spec, consent)
-        _require_code(source, spec)
-        if manifest is not None and manifest.mode == "folded":
-            return _folded(source, consent)
-        with TemporaryDirectory(prefix="fusecli-") as folder:
-            fused = Path(folder) / "fused.safetensors"
-            fuse = FuseRequest(path, spec, fused, seed=seed, allow_pickle=allow_pickle)
-            outcome = fuse_file(fuse, consent, tick)
-            if outcome.exit_code not in (ExitCode.OK, ExitCode.NOTHING):
-                raise Stopped(replace(outcome, command="quantize", output=None))
-            read_trained(source, spec, manifest)
-            original = source.original()
-            size = facts.totals(facts.layout_of(source.checkpoint), None).bytes
-            outcome = replace(outcome, command="quantize", output=None, problems=(), next_step="")
-            if outcome.exit_code is ExitCode.NOTHING:
-                outcome = replace(outcome, exit_code=ExitCode.OK)
-                return Floats(original, original, {}, outcome, {"float": size, "fused": size})
-            with open_checkpoint(fused) as artifact:
-                assert source.build is not None
-                model = load_into(source.build(), artifact, lambda: consent)
-                learned = _learned(artifact)
-                after = facts.totals(facts.layout_of(artifact), None).bytes
-            return Floats(original, model.eval(), learned, outcome, {"float": size, "fused": after})
-
-
-def _nesting(path: Path, spec: Spec) -> dict[str, Any]:
-    """How the spec opens the checkpoint; an artifact has no nesting and no prefix."""
-    if int8.facts_of(path) is not None:
-        raise UsageError(Problem("is int8 already", str(path), "give the float checkpoint"))
-    if artifact_at(path) is not None:
-        return {}
-    return {"key": spec.checkpoint.key, "strip_prefix": spec.checkpoint.strip_prefix}
-
-
-def _require_code(source: Source, spec: Spec) -> None:
-    if source.build is None:
-        fix = "give --model and --input, or model and inputs in the spec"
-        raise UsageError(Problem("int8 needs the model's code, which is exported", spec.where(()), fix))
-
-
-def _folded(source: Source, consent: Consent) -> Floats:
-    """An artifact that was folded before: its own float model is what int8 is held against."""
-    assert source.build is not None
-    checkpoint = source.checkpoint
-    model = load_into(source.build(), checkpoint, lambda: consent).eval()
-    size = facts.totals(facts.layout_of(checkpoint), None).bytes
-    outcome = Outcome(
-        "quantize",
-        "nothing to fuse",
-        ExitCode.OK,
-        input=facts.input_facts(checkpoint),
-        environment=facts.environment(),
-    )
-    return Floats(model, model, _learned(checkpoint), outcome, {"float": size, "fused": size})
-
-
-def _learned(artifact: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
-    """Scales and zero points that quantization-aware training has learned, by what they quantize."""
-    trained = manifest_of(artifact).trained
-    records = trained.quantizers if trained is not None else ()
-    pairs = {record.of: record.tensors for record in records}
-    stored = artifact.tensors
-    return {what: (stored[a].load().clone(), stored[b].load().clone()) for what, (a, b) in pairs.items()}
 
 
 def prepared(
@@ -274,7 +173,7 @@ def _facts(request: QuantizeRequest, quantized: Quantized, floats: Floats, spec:
     _, described_units = packed(quantized)
     source = floats.outcome.input
     return {
-        "version": int8.VERSION,
+        "version": int8_facts.VERSION,
         "mode": "int8",
         "input_sha256": source.sha256 if source else "",
         "versions": facts.versions(),
@@ -288,7 +187,7 @@ def _facts(request: QuantizeRequest, quantized: Quantized, floats: Floats, spec:
 def _write(path: Path, fmt: str, quantized: Quantized, said: Mapping[str, Any]) -> None:
     text = json.dumps(said, sort_keys=True, separators=(",", ":"))
     if fmt == "pt2":
-        path.write_bytes(archive(quantized, {int8.PT2_FACTS: text}))
+        path.write_bytes(archive(quantized, {int8_facts.PT2_FACTS: text}))
         return
     tensors, _ = packed(quantized)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -304,13 +203,13 @@ def read_back(path: Path, fmt: str, quantized: Quantized, floats: Floats, sample
         names = [node.name for node in quantized.model.graph.nodes if node.op == "call_function"]
         written = load(path, names)
     else:
-        said = int8.facts_of(path)
+        said = int8_facts.facts_of(path)
         assert said is not None
         with open_checkpoint(path) as artifact:
             tensors = {name: stored.load().clone() for name, stored in artifact.tensors.items()}
         written = unpacked(floats.fused, sample, tensors, said["int8"])
     with torch.no_grad():
-        mine, theirs = (int8.outputs(model, sample) for model in (quantized.model, written))
+        mine, theirs = (batches.outputs(model, sample) for model in (quantized.model, written))
     if not all(map(torch.equal, mine, theirs)):
         what = "the written file does not compute what was converted"
         raise UsageError(Problem(what, str(path), "this torch cannot save the graph; try the other --format"))

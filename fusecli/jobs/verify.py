@@ -22,7 +22,7 @@ from fusecli.jobs import facts
 from fusecli.jobs.choice import chosen
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold, trained_record
 from fusecli.jobs.inputs import samples_of
-from fusecli.jobs.int8 import facts_of
+from fusecli.jobs.int8_facts import facts_of
 from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, dressed, planted, source_of
 from fusecli.jobs.trained import read_as, read_trained

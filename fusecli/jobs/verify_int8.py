@@ -17,9 +17,10 @@ from fusecli.int8.packed import unpacked
 from fusecli.int8.quantize import Plan, calibrated
 from fusecli.int8.rounded import misrounded, other_ops, otherwise_scaled
 from fusecli.int8.saved import load
-from fusecli.jobs import facts, int8
+from fusecli.jobs import batches, facts, int8, int8_facts
+from fusecli.jobs.floats import Floats, Stopped, floats_of
 from fusecli.jobs.proof import Tick
-from fusecli.jobs.quantize import Floats, Stopped, choices_of, described, floats_of, options_of, prepared
+from fusecli.jobs.quantize import choices_of, described, options_of, prepared
 from fusecli.outcome import LedgerEntry, Outcome
 from fusecli.sample import Sample
 from fusecli.spec import Spec
@@ -50,8 +51,8 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
         raise UsageError(Problem(what, str(request.int8), "give --spec, or --model and --input"))
     spec = _as_made(spec, request.said)
     seed = request.seed if request.seed is not None else spec.verify.seed
-    samples = int8.evaluation(spec, seed)
-    archive = int8.is_archive(request.int8)
+    samples = batches.evaluation(spec, seed)
+    archive = int8_facts.is_archive(request.int8)
     if archive and not request.allow_pickle:
         what = "torch.export.load runs code that a .pt2 file names"
         fix = "add --allow-pickle if you trust it, or quantize with --format safetensors"
@@ -60,10 +61,10 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
         floats = floats_of(request.checkpoint, spec, consent, tick, request.allow_pickle, seed)
     except Stopped as stopped:
         return replace(stopped.outcome, command="verify")
-    int8.require_running(floats.original, samples)
-    int8.require_scores(floats.original, samples)
+    batches.require_running(floats.original, samples)
+    batches.require_scores(floats.original, samples)
     planned, moved, error = prepared(floats, spec, samples.samples[0])
-    int8.require_running(planned.exported.module, samples)
+    batches.require_running(planned.exported.module, samples)
     if [list(unit.nodes) for unit in planned.units] != [
         unit["nodes"] for unit in request.said["int8"]["units"]
     ]:
@@ -91,7 +92,7 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
         status="verified",
         exit_code=ExitCode.OK,
         output=facts.file_facts(request.int8, "pt2" if archive else "safetensors"),
-        ledger=(*floats.outcome.ledger, *int8.random_ledger(samples), *_mismatch(request, floats)),
+        ledger=(*floats.outcome.ledger, *batches.random_ledger(samples), *_mismatch(request, floats)),
     )
     outcome = int8.judged(outcome, found, missed)
     wrong = list(_wrong(planned, written, floats, spec, seed, tick))
@@ -116,7 +117,7 @@ def _wrong(
     reference, units, corrected = planned.exported.module, planned.units, spec.quantize.correct_bias
     if wrong := misrounded(reference, written, units, corrected=corrected):
         yield f"it does not hold the float model's numbers, rounded: {', '.join(wrong[:3])}"
-    given = int8.calibration(spec, seed)
+    given = batches.calibration(spec, seed)
     again = calibrated(planned, given.samples, choices_of(spec), known=floats.learned, tick=tick)
     if wrong := otherwise_scaled(again, written):
         yield f"calibration on {given.said} does not give its scales: {', '.join(wrong[:3])}"

@@ -25,7 +25,7 @@ import fusecli
 from configs.digits.net import DigitsNet
 from fusecli.cli.app import main
 from fusecli.int8.latency import latency
-from fusecli.jobs import int8
+from fusecli.jobs import int8, int8_facts
 from tests import torch_ao_qat
 from tests.conftest import DIGITS, Cli, Run
 from tests.nets import randomise
@@ -748,7 +748,9 @@ def rewritten(change: Callable[[bytes], bytes]) -> None:
     with zipfile.ZipFile("out.pt2") as old, zipfile.ZipFile("bad.pt2", "w") as new:
         for entry in old.infolist():
             data = old.read(entry)
-            new.writestr(entry.filename, change(data) if entry.filename.endswith(int8.PT2_FACTS) else data)
+            new.writestr(
+                entry.filename, change(data) if entry.filename.endswith(int8_facts.PT2_FACTS) else data
+            )
 
 
 def other_ops(ops: Callable[[list[str]], list[str]]) -> Callable[[bytes], bytes]:

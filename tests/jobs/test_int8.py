@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fusecli.errors import UnsafeError, UsageError
-from fusecli.jobs import int8
+from fusecli.jobs import batches, int8_facts
 from fusecli.spec import Spec
 from fusecli.spec.load import spec_from_mapping
 
@@ -63,33 +63,33 @@ def changed(*path: str, to: Any) -> Any:
 @pytest.mark.parametrize("fmt", ["pt2", "safetensors"])
 def test_what_was_written_is_read(tmp_path: Path, fmt: str) -> None:
     path = written(tmp_path, FACTS, fmt)
-    assert int8.facts_of(path) == FACTS
-    assert int8.is_archive(path) == (fmt == "pt2")
+    assert int8_facts.facts_of(path) == FACTS
+    assert int8_facts.is_archive(path) == (fmt == "pt2")
 
 
 @pytest.mark.parametrize("fmt", ["pt2", "safetensors"])
 @pytest.mark.parametrize("mode", ["folded", "qat", 1, None, []])
 def test_other_files_say_nothing(tmp_path: Path, fmt: str, mode: Any) -> None:
-    assert int8.facts_of(written(tmp_path, changed("mode", to=mode), fmt)) is None
+    assert int8_facts.facts_of(written(tmp_path, changed("mode", to=mode), fmt)) is None
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"[" * 100_000, b"{", b"[]", b"3", b"null"])
 def test_what_cannot_be_read_says_nothing(tmp_path: Path, data: bytes) -> None:
-    assert int8.facts_of(archive(tmp_path / "x.pt2", data)) is None
+    assert int8_facts.facts_of(archive(tmp_path / "x.pt2", data)) is None
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive(tmp_path / "x.pt2", json.dumps({**FACTS, "more": "0" * 10_000}).encode())
-    assert int8.facts_of(path) is not None
-    monkeypatch.setattr(int8, "_MOST_FACTS", 10_000)
-    assert int8.facts_of(path) is None
+    assert int8_facts.facts_of(path) is not None
+    monkeypatch.setattr(int8_facts, "_MOST_FACTS", 10_000)
+    assert int8_facts.facts_of(path) is None
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    assert int8.facts_of(tmp_path / "gone.pt2") is None
+    assert int8_facts.facts_of(tmp_path / "gone.pt2") is None
     (tmp_path / "x.pt2").write_bytes(b"PK\x03\x04 and no more")
-    assert int8.facts_of(tmp_path / "x.pt2") is None
-    assert int8.facts_of(archive(tmp_path / "y.pt2", json.dumps(FACTS).encode(), "other.json")) is None
+    assert int8_facts.facts_of(tmp_path / "x.pt2") is None
+    assert int8_facts.facts_of(archive(tmp_path / "y.pt2", json.dumps(FACTS).encode(), "other.json")) is None
 
 
 TYPES = (5, "x", [], {}, None, [1], {"a": 1}, True, KeyError)
@@ -112,14 +112,14 @@ def test_facts_of_other_types_are_damage(tmp_path: Path, fmt: str) -> None:
     for path, to in DAMAGES:
         file = written(tmp_path, changed(*path, to=to), fmt)
         with pytest.raises(UnsafeError, match="what it says of itself is damaged"):
-            int8.facts_of(file)
+            int8_facts.facts_of(file)
 
 
 @pytest.mark.parametrize("version", [0, 2, True, "1", None, [1], 1.0])
 def test_another_version(tmp_path: Path, version: Any) -> None:
     file = written(tmp_path, changed("version", to=version), "pt2")
     with pytest.raises(UnsafeError, match="this fusecli reads 1"):
-        int8.facts_of(file)
+        int8_facts.facts_of(file)
 
 
 # --- batches
@@ -144,7 +144,7 @@ def data(key: str, **more: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("batch", "sizes"), [(10, [10, 10, 10, 5]), (35, [35]), (100, [35]), (1, [1] * 35)])
 def test_rows_are_split(given: Callable[..., Spec], batch: int, sizes: list[int]) -> None:
-    found = int8.evaluation(given(data("x"), data("mask", name="mask"), batch=batch), 0)
+    found = batches.evaluation(given(data("x"), data("mask", name="mask"), batch=batch), 0)
     assert [len(sample.args[0]) for sample in found.samples] == sizes
     assert [len(sample.kwargs["mask"]) for sample in found.samples] == sizes
     assert torch.equal(torch.cat([sample.args[0] for sample in found.samples]).flatten(), torch.arange(70.0))
@@ -152,31 +152,31 @@ def test_rows_are_split(given: Callable[..., Spec], batch: int, sizes: list[int]
 
 
 def test_what_has_other_rows_is_the_same_for_all(given: Callable[..., Spec]) -> None:
-    found = int8.evaluation(given(data("x"), data("table"), data("one"), batch=20), 0)
+    found = batches.evaluation(given(data("x"), data("table"), data("one"), batch=20), 0)
     assert [[len(sample.args[0]), len(sample.args[1])] for sample in found.samples] == [[20, 7], [15, 7]]
     assert all(float(sample.args[2]) == 3 for sample in found.samples)
 
 
 def test_random_inputs_are_said_to_be_random(given: Callable[..., Spec]) -> None:
-    found = int8.calibration(given({"shape": [3, 2]}), 0)
+    found = batches.calibration(given({"shape": [3, 2]}), 0)
     assert (found.random, found.said, len(found.samples)) == (True, "4 random inputs", 4)
-    assert [entry.kind for entry in int8.random_ledger(found)] == ["calibration"]
-    assert int8.random_ledger(int8.calibration(given(data("x")), 0)) == []
+    assert [entry.kind for entry in batches.random_ledger(found)] == ["calibration"]
+    assert batches.random_ledger(batches.calibration(given(data("x")), 0)) == []
 
 
 def test_labels_of_a_file_beside_random_inputs_are_those_of_each_sample(given: Callable[..., Spec]) -> None:
-    found = int8.evaluation(given(data("x", labels="label"), {"shape": [1, 2]}), 0)
+    found = batches.evaluation(given(data("x", labels="label"), {"shape": [1, 2]}), 0)
     assert found.labels is not None
     assert torch.equal(found.labels, torch.arange(35).repeat(4))
 
 
 def test_calibration_and_evaluation_have_files_of_their_own(given: Callable[..., Spec]) -> None:
     spec = given(data("x"), calibrate=[data("table")])
-    assert int8.calibration(spec, 0).said == "7 samples of d.safetensors:table"
-    assert int8.evaluation(spec, 0).said == "35 samples of d.safetensors:x"
-    assert Path("d.safetensors") in [path.relative_to(Path.cwd()) for path in int8.protected(spec)]
+    assert batches.calibration(spec, 0).said == "7 samples of d.safetensors:table"
+    assert batches.evaluation(spec, 0).said == "35 samples of d.safetensors:x"
+    assert Path("d.safetensors") in [path.relative_to(Path.cwd()) for path in batches.protected(spec)]
 
 
 def test_an_error_says_which_of_both(given: Callable[..., Spec]) -> None:
     with pytest.raises(UsageError, match=r"quantize\.calibrate: \[7, 2\] labels for 35 samples"):
-        int8.calibration(given(data("x"), calibrate=[data("x", labels="table")]), 0)
+        batches.calibration(given(data("x"), calibrate=[data("x", labels="table")]), 0)

@@ -1,0 +1,168 @@
+"""Batches of inputs: what int8 is calibrated on, and what it is compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusecli.errors import Problem, UsageError
+from fusecli.int8.torchao import quiet
+from fusecli.jobs.fuse import protected as read_by_fuse
+from fusecli.jobs.inputs import entries_of, read_tensor, samples_of
+from fusecli.jobs.source import folder_of
+from fusecli.outcome import LedgerEntry
+from fusecli.sample import Sample, tensors_in
+from fusecli.spec import Spec
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Forward calls, the labels of their rows where a file holds them, and where it all comes from.
+
+    where  the place in the spec that says so
+    """
+
+    samples: Sequence[Sample]
+    labels: Tensor | None
+    said: str
+    random: bool
+    where: str = ""
+
+
+def protected(spec: Spec) -> list[Path]:
+    """Files besides the checkpoint that the work reads: those of a fold, and those to calibrate on."""
+    read = [entry.file for entry in entries_of(spec.quantize.calibrate) if entry.file]
+    return [*read_by_fuse(spec), *(folder_of(spec) / file for file in read)]
+
+
+def evaluation(spec: Spec, seed: int) -> Batches:
+    """What float and int8 are compared on: the inputs of the spec.
+
+    Raises UsageError where a threshold asks for labels, and there are none.
+    """
+    given = _batches(spec, seed)
+    if given.labels is None and spec.quantize.threshold.accuracy_drop is not None:
+        fix = "add labels to inputs: {file: heldout.safetensors, key: images, labels: labels}"
+        where = spec.where(("quantize", "threshold", "accuracy_drop"))
+        raise UsageError(Problem("accuracy_drop needs labels, and the inputs have none", where, fix))
+    return given
+
+
+def calibration(spec: Spec, seed: int) -> Batches:
+    """What the ranges are taken from: the spec's calibrate, else its inputs."""
+    chosen = spec.quantize.calibrate
+    if not chosen:
+        return _batches(spec, seed)
+    given = spec.model_copy(update={"inputs": chosen})
+    return _batches(given, seed, spec.where(("quantize", "calibrate")))
+
+
+def _batches(spec: Spec, seed: int, where: str = "") -> Batches:
+    where = where or spec.where(("inputs",))
+    samples = samples_of(spec, seed, spec.verify.samples)
+    entries = list(entries_of(spec.inputs))
+    random = any(entry.file is None for entry in entries)
+    named = next((entry for entry in entries if entry.labels), None)
+    rows = _rows(samples[0])
+    if rows == 0:
+        raise UsageError(Problem("there are no samples in it", where, "give one at least"))
+    if not all(bool(tensor.isfinite().all()) for sample in samples for tensor in _tensors(sample)):
+        raise UsageError(Problem("it has values that are not finite", where, "look at what is in the file"))
+    labels = None
+    if named is not None:
+        labels = read_tensor(named.file or "", named.labels or "", folder_of(spec), where)
+        _require_classes(labels, rows, where)
+        labels = labels.repeat(len(samples))  # of a file beside random inputs: each sample has its rows
+    if not random:
+        samples = [part for sample in samples for part in _split(sample, spec.quantize.batch)]
+    files = ", ".join(dict.fromkeys(f"{entry.file}:{entry.key}" for entry in entries if entry.file))
+    said = f"{len(samples)} random inputs" if random else f"{rows} samples of {files}"
+    return Batches(samples, labels, said, random, where)
+
+
+def _require_classes(labels: Tensor, rows: int, where: str) -> None:
+    fix = "give one class for each sample, a whole number"
+    if labels.shape != (rows,):
+        raise UsageError(Problem(f"{list(labels.shape)} labels for {rows} samples", where, fix))
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        dtype = str(labels.dtype).removeprefix("torch.")
+        raise UsageError(Problem(f"the labels are {dtype}, and no classes", where, fix))
+
+
+def _rows(sample: Sample) -> int:
+    """The size at dim 0 of the first tensor that has one."""
+    tensors = [tensor for tensor in _tensors(sample) if tensor.ndim]
+    return len(tensors[0]) if tensors else 1
+
+
+def _tensors(sample: Sample) -> list[Tensor]:
+    return tensors_in((sample.args, dict(sample.kwargs)))
+
+
+def _split(sample: Sample, batch: int) -> Iterator[Sample]:
+    """The sample in batches of so many rows; a tensor of another size at dim 0 is the same for all."""
+    rows = _rows(sample)
+    for start in range(0, rows, batch):
+        end = min(start + batch, rows)
+
+        def part(tensor: Tensor, start: int = start, end: int = end) -> Tensor:
+            return tensor[start:end] if tensor.ndim and len(tensor) == rows else tensor
+
+        yield sample.mapped(part)
+
+
+@torch.no_grad()
+def outputs(model: Callable[..., Any], sample: Sample) -> list[Tensor]:
+    inputs = sample.copy()
+    return tensors_in(model(*inputs.args, **inputs.kwargs))
+
+
+def require_running(model: Callable[..., Any], given: Batches) -> None:
+    """Raises UsageError where the model, or a graph of it, does not take a batch of these sizes."""
+    shapes = set()
+    for sample in given.samples:
+        shape = tuple(tensor.shape for tensor in _tensors(sample))
+        if shape in shapes:
+            continue
+        shapes.add(shape)
+        try:
+            with quiet():
+                outputs(model, sample)
+        except Exception as error:  # whatever somebody's forward may raise
+            said = next(iter(str(error).splitlines()), "")
+            what = f"the model does not run on these inputs: {type(error).__name__}: {said}"
+            fix = "give sizes and dtypes that it takes, in calibrate and inputs alike, batch by batch"
+            raise UsageError(Problem(what, given.where, fix)) from None
+
+
+def require_scores(model: Callable[..., Any], given: Batches) -> None:
+    """Raises UsageError where there are labels, and they are no classes of what the model gives."""
+    if given.labels is None:
+        return
+    sample, labels = given.samples[0], given.labels.long()
+    found = scores(model, sample)
+    if found is None or found.ndim != 2 or len(found) != _rows(sample):
+        shape = "none" if found is None else str(list(found.shape))
+        what = f"there are labels, but the model gives no scores [n, classes] (its first tensor: {shape})"
+        raise UsageError(Problem(what, given.where, "take labels out of the inputs"))
+    low, high, classes = int(labels.min()), int(labels.max()), found.shape[1]
+    if low < 0 or high >= classes:
+        what = f"the labels go from {low} to {high}, and the model has {classes} classes"
+        raise UsageError(Problem(what, given.where, f"give labels from 0 to {classes - 1}"))
+
+
+def scores(model: Callable[..., Any], sample: Sample) -> Any:
+    return next((leaf for leaf in outputs(model, sample) if leaf.is_floating_point()), None)
+
+
+def random_ledger(given: Batches) -> list[LedgerEntry]:
+    """Random inputs calibrate nothing, and compare little."""
+    if not given.random:
+        return []
+    what = "random numbers calibrate nothing: the ranges are those of noise; give a file of real inputs"
+    return [LedgerEntry("calibration", "quantize.calibrate", what)]
