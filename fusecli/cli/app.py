@@ -15,9 +15,9 @@ from fusecli.cli.screen import print_bug, print_problems
 from fusecli.errors import ExitCode, FusecliError
 
 EXIT_CODES = (  # one line: typer keeps the line breaks, the terminal adds its own
-    "Exit codes: 0 fused, verified, written; 1 outputs differ; 2 usage or spec error; 3 unsafe or unreadable "
-    "input; 4 a requested fusion is unsound or unsupported; 5 nothing to fuse; 6 verification inconclusive; "
-    "70 a bug in fusecli."
+    "Exit codes: 0 fused, verified, written; 1 outputs differ, or int8 is below its threshold; 2 usage or "
+    "spec error; 3 unsafe or unreadable input; 4 a requested fusion is unsound or unsupported; 5 nothing to "
+    "fuse; 6 verification inconclusive; 70 a bug in fusecli."
 )
 
 app = typer.Typer(

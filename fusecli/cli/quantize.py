@@ -38,7 +38,8 @@ def quantize(
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be quantized, calibrate and write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Show what would be quantized; calibrate nothing, write nothing."),
     ] = False,
     observer: Annotated[
         Optional[Literal["minmax", "histogram"]],  # noqa: UP045

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from fusecli.artifact import manifest_of
 from fusecli.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from fusecli.checkpoint.qat_layout import qat_layout
 from fusecli.contents import ArtifactFacts, Contents, DtypeFacts, ModuleFacts, NormFacts, Role, TensorFacts
 from fusecli.jobs import facts
 from fusecli.jobs.draft import draft_spec
 from fusecli.jobs.pairs import channels_of, pairs_by_name, pairs_by_order
+from fusecli.outcome import FileFacts
 from fusecli.rewrite import MANIFEST_KEY
 
 _STATISTICS = {"running_mean", "running_var"}
@@ -38,7 +41,7 @@ def inspect_file(path: Path, key: str | None = None) -> Contents:
         guesses = pairs_by_name(modules) if alphabetical else pairs_by_order(modules)
         candidates = tuple(guesses) if artifact is None else ()
         return Contents(
-            file=facts.input_facts(checkpoint),
+            file=_file(checkpoint),
             shards=max(0, len(checkpoint.files) - 1),
             nesting=checkpoint.nesting,
             prefixes=checkpoint.prefixes,
@@ -52,6 +55,18 @@ def inspect_file(path: Path, key: str | None = None) -> Contents:
             candidates=candidates,
             draft=draft_spec(checkpoint.nesting, modules, candidates, ordered=not alphabetical),
         )
+
+
+def _file(checkpoint: Checkpoint) -> FileFacts:
+    found = facts.input_facts(checkpoint)
+    try:
+        layout = qat_layout({name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+    except ValueError:  # two names that would be one: fuse says so
+        layout = None
+    if layout is None:
+        return found
+    notice = f"trained with simulated quantization ({layout.kind}): 'fusecli fuse' reads it as a float model"
+    return replace(found, notices=(*found.notices, notice))
 
 
 def _modules(checkpoint: Checkpoint) -> list[ModuleFacts]:

@@ -567,3 +567,10 @@ def test_a_whole_model_is_not_judged_without_its_run(folder: Path, cli: Cli) -> 
         2,
         True,
     )
+
+
+def test_inspect_says_what_it_is(folder: Path, cli: Cli) -> None:
+    saved("prepared")
+    said = " ".join(cli("inspect", "qat.pt").out.split())
+    assert "trained with simulated quantization (prepared): 'fusecli fuse' reads it as a float model" in said
+    assert "simulated" not in cli("inspect", "model.pt").out
