@@ -876,3 +876,11 @@ def test_no_report_takes_the_place_of_the_calibration(folder: Path, cli: Cli) ->
     before = Path("calibration.safetensors").read_bytes()
     done = verified(cli, "out.safetensors", "--report", "json=calibration.safetensors")
     assert (done.code, Path("calibration.safetensors").read_bytes() == before) == (2, True)
+
+
+def test_equalisation_that_is_not_exact_is_refused(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusecli.jobs.quantize.unequal", lambda *_: 1e-6)
+    done = quantized(cli, "--equalize")
+    assert (done.code, "equalisation is off by 1.0e-06 in float64" in said(done)) == (2, True)
