@@ -222,7 +222,7 @@ def fuse(
                 ledger=tuple(facts.bare_ledger(choice.bare)),
                 refused=tuple(choice.dropped.values()),
                 problems=(_nothing(read, choice) or why,),
-                model=copied(model),
+                model=duplicate(model) if read.qat else copied(model),
             )
         rewrites, _ = compute_all(tree, fold.decisions)
         for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):

@@ -85,7 +85,10 @@ def judge_training(
                 found.doubt = str(odd)
                 return found
             found.steps += 1
-    found.difference = found.difference.worse(_afterwards(original, fused, samples[0], seed))
+    try:
+        found.difference = found.difference.worse(_afterwards(original, fused, samples[0], seed))
+    except Incomparable as odd:
+        found.doubt = str(odd)
     return found
 
 
@@ -133,12 +136,6 @@ def _trained(model: nn.Module, batch: Sample, seed: int, optimiser: torch.optim.
         (loss.real if loss.is_complex() else loss).backward()
     optimiser.step()
     return cast(output, None)
-
-
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor, buffers that no state dict holds too."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    return {**dict(model.named_buffers(remove_duplicate=False)), **state}
 
 
 def _watched(original: nn.Module, fused: nn.Module, names: Names) -> dict[str, str]:

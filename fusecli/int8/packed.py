@@ -35,7 +35,7 @@ DIFFERENT = "give the model and the sample that were quantized"
 
 
 def packed(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, and the facts that a manifest has to keep to build the graph again (plain JSON values)."""
+    """The tensors, and the facts that go with them."""
     tensors: dict[str, Tensor] = {}
     for name, integers, scale, zero_point in integer_weights(quantized):
         tensors[name] = integers
@@ -47,8 +47,13 @@ def packed(quantized: Quantized) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"{name}.zero_point"] = torch.tensor(node.args[2], dtype=torch.int32)
     for target in float_names(quantized.model):
         tensors[target] = tensor_of(quantized.model, target).detach()
-    facts = {"version": VERSION, "options": asdict(quantized.options), **described(quantized.plan)}
-    return {name: tensor.clone().contiguous() for name, tensor in sorted(tensors.items())}, facts
+    kept = {name: tensor.clone().contiguous() for name, tensor in sorted(tensors.items())}
+    return kept, record_of(quantized)
+
+
+def record_of(quantized: Quantized) -> dict[str, Any]:
+    """What a manifest has to keep to build the graph again, as plain JSON values."""
+    return {"version": VERSION, "options": asdict(quantized.options), **described(quantized.plan)}
 
 
 def unpacked(

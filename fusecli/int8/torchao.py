@@ -67,7 +67,7 @@ def flow() -> Flow:
             observer = importlib.import_module("torchao.quantization.pt2e.observer")
     except ImportError as error:
         fix = "install the extra that brings it: pip install 'fusecli[quantize]'"
-        raise UsageError(Problem("quantizing needs torchao", str(error), fix)) from None
+        raise UsageError(Problem(f"quantizing needs torchao: {error}", "", fix)) from None
     return Flow(
         steps.prepare_pt2e,
         steps.convert_pt2e,

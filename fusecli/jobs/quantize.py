@@ -19,9 +19,10 @@ from fusecli.equivalence.compare import TOLERANCE
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.int8.bias import correct_biases
 from fusecli.int8.equalize import Equalized, equalized, unequal
-from fusecli.int8.packed import packed, unpacked
+from fusecli.int8.packed import packed, record_of, unpacked
 from fusecli.int8.quantize import Plan, Quantized, calibrated, plan, require_units
 from fusecli.int8.saved import archive, load
+from fusecli.int8.torchao import flow
 from fusecli.int8.units import Options
 from fusecli.jobs import batches, facts, int8, int8_facts
 from fusecli.jobs.batches import protected
@@ -73,6 +74,8 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
     spec = request.spec
     check_target(target, request.checkpoint, request.force or request.dry_run, protected(spec))
     samples, given = batches.calibration(spec, request.seeded), batches.evaluation(spec, request.seeded)
+    if not request.dry_run:
+        flow()  # without torchao, all that comes before it would be for nothing
     try:
         floats = floats_of(request.checkpoint, spec, consent, tick, request.allow_pickle, request.seeded)
     except Stopped as stopped:
@@ -86,7 +89,7 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
         batches.require_running(planned.exported.module, some)
     known = replace(
         described(planned, floats),
-        options=options_of(spec),
+        options=shown_options(spec),
         calibration=samples.said,
         equalized=moved,
         exact=error,
@@ -160,7 +163,7 @@ def choices_of(spec: Spec) -> Options:
     return Options(observer=spec.quantize.observer, weights=spec.quantize.weights)
 
 
-def options_of(spec: Spec) -> dict[str, str]:
+def shown_options(spec: Spec) -> dict[str, str]:
     chosen = spec.quantize
     extras = {"equalized": chosen.equalize, "biases corrected": chosen.correct_bias}
     return {"observer": chosen.observer, "weights": chosen.weights} | {
@@ -170,7 +173,6 @@ def options_of(spec: Spec) -> dict[str, str]:
 
 def _facts(request: QuantizeRequest, quantized: Quantized, floats: Floats, spec: Spec) -> dict[str, Any]:
     """What the file says of itself; no time, no path: the same work gives the same bytes."""
-    _, described_units = packed(quantized)
     source = floats.outcome.input
     return {
         "version": int8_facts.VERSION,
@@ -180,7 +182,7 @@ def _facts(request: QuantizeRequest, quantized: Quantized, floats: Floats, spec:
         "equalize": spec.quantize.equalize,
         "correct_bias": spec.quantize.correct_bias,
         "ops": [node.name for node in quantized.model.graph.nodes if node.op == "call_function"],
-        "int8": described_units,
+        "int8": record_of(quantized),
     }
 
 

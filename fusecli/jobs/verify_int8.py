@@ -20,7 +20,7 @@ from fusecli.int8.saved import load
 from fusecli.jobs import batches, facts, int8, int8_facts
 from fusecli.jobs.floats import Floats, Stopped, floats_of
 from fusecli.jobs.proof import Tick
-from fusecli.jobs.quantize import choices_of, described, options_of, prepared
+from fusecli.jobs.quantize import choices_of, described, prepared, shown_options
 from fusecli.outcome import LedgerEntry, Outcome
 from fusecli.sample import Sample
 from fusecli.spec import Spec
@@ -77,7 +77,7 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
         raise UsageError(Problem(what, str(request.int8), _SAME))
     known = replace(
         described(planned, floats),
-        options=options_of(spec),
+        options=shown_options(spec),
         bytes={**floats.bytes, "int8": request.int8.stat().st_size},
         equalized=moved,
         exact=error,

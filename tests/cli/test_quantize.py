@@ -884,3 +884,13 @@ def test_equalisation_that_is_not_exact_is_refused(
     monkeypatch.setattr("fusecli.jobs.quantize.unequal", lambda *_: 1e-6)
     done = quantized(cli, "--equalize")
     assert (done.code, "equalisation is off by 1.0e-06 in float64" in said(done)) == (2, True)
+
+
+def test_without_torchao_no_work_is_begun(folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise fusecli.errors.UsageError("quantizing needs torchao")
+
+    monkeypatch.setattr("fusecli.jobs.quantize.flow", missing)
+    monkeypatch.setattr("fusecli.jobs.quantize.floats_of", None)
+    done = quantized(cli)
+    assert (done.code, "quantizing needs torchao" in done.err) == (2, True)

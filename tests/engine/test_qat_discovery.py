@@ -33,3 +33,4 @@ def test_no_norm_goes_into_the_layer_after_it() -> None:
     outcome = fuse(net, nets.images(4, 3, 8, 8), discover=True, qat=True)
     assert (outcome.status, outcome.groups) == ("nothing to fuse", ())
     assert [norm.code for norm in outcome.unfused] == ["no-linear-producer"]
+    assert outcome.model.training

@@ -67,7 +67,7 @@ def test_without_torchao(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     sample = Sample((torch.randn(2, 3, 5, 5),))
     assert plan(Conv().eval(), sample).units
-    with pytest.raises(UsageError, match=r"quantizing needs torchao; .*pip install 'fusecli\[quantize\]'"):
+    with pytest.raises(UsageError, match=r"quantizing needs torchao: .*pip install 'fusecli\[quantize\]'"):
         quantize(Conv().eval(), [sample])
 
 
