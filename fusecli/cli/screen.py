@@ -90,7 +90,8 @@ class Dialogue:
 @contextmanager
 def dialogue(quiet: bool) -> Iterator[Dialogue]:
     """What a command says while it works: nothing unless on a terminal, and if quiet only its questions."""
-    console = Console(stderr=True)
+    # This very stream: what a library prints is kept off it by putting another in its place for a while.
+    console = Console(file=sys.stderr)
     if quiet or not console.is_terminal:
         yield Dialogue(console, None)
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import sys
 import pytest
 from rich.cells import cell_len
 
+from fusecli.cli.screen import dialogue
 from tests.cli.conftest import edit, wrong_fold
 
 FUSE = ("fuse", "model.pt", "--spec", "fuse.yaml", "--allow-code", "net.py")
@@ -86,3 +89,23 @@ def test_a_reader_that_leaves_changes_nothing(digits):
     os.close(write)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (digits / "model.fused.safetensors").is_file()
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_shown_while_a_library_is_kept_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchao prints is sent elsewhere for as long as it runs, which is when progress is wanted."""
+    terminal, elsewhere = Tty(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with dialogue(quiet=False) as person, contextlib.redirect_stderr(elsewhere):
+        print("noise", file=sys.stderr)
+        person.tick("calibrating, batch 3 of 20")
+        assert person.status is not None
+        person.status._live.refresh()
+        shown = terminal.getvalue()  # before the end, when all is shown once more
+    assert "calibrating, batch 3 of 20" in shown
+    assert elsewhere.getvalue() == "noise\n"
