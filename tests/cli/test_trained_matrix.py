@@ -415,3 +415,99 @@ def test_integers_that_are_none(folder: Path, cli: Cli, odd: Any) -> None:
     found["trained"]["quantizers"][0]["integers"] = [-5, 127]
     save_file(load_file("out.safetensors"), "wrong.safetensors", {"fusecli": json.dumps(found)})
     assert cli("verify", "qat.pt", "wrong.safetensors", *WORDS).code == 1
+
+
+def test_weights_with_one_scale_behind_a_transposed_convolution(folder: Path, cli: Cli) -> None:
+    """The norm is folded only now, and one scale cannot follow it into each channel: calibration gives it."""
+    pytest.importorskip("torchao")
+    case = Case("fx", "Up", "unsigned", "per-tensor")
+    ao, fx = torch_ao("quantization"), torch_ao("quantization.quantize_fx")
+    with quietly():
+        model = fx.prepare_qat_fx(net("Up"), ao.QConfigMapping().set_global(qconfig(case)), (batches(1)[0],))
+        for x in batches(3):
+            model(x)
+    write(case, model.state_dict())
+    assert cli("fuse", "qat.pt", *WORDS, "-o", "out.safetensors").code == 0
+    done = cli("quantize", "qat.pt", *WORDS, "-o", "int8.pt2")
+    assert done.code == 0, done.out
+    assert cli("verify", "qat.pt", "int8.pt2", *WORDS, "--allow-pickle").code == 0
+    x = batches(1)[0]
+    with torch.no_grad():
+        given = fusecli.load_int8("int8.pt2", allow_pickle=True)(x)
+    assert sqnr(simulated(model, x, rounding=False), given) > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_checkpoints_of_training_in_half(folder: Path, cli: Cli, dtype: torch.dtype) -> None:
+    """Everything that floats was cast, scales and what observers saw too."""
+    case = Case("prepared", "Norms", "signed", "per-channel")
+    state = trained(case).state_dict()
+    half = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    inputs = [{"shape": [2, 3, 6, 6], "dtype": str(dtype).removeprefix("torch.")}]
+    write(case, half, inputs=inputs)
+    done = cli("fuse", "qat.pt", *WORDS, "-o", "out.safetensors")
+    assert done.code == 0, done.out + done.err
+    assert cli("verify", "qat.pt", "out.safetensors", *WORDS).code == 0
+    assert cli("verify", "qat.pt", "out.safetensors").code == 0
+    assert integers("out.safetensors")["head.output"] == [-128, 127]
+
+
+def test_the_layouts_of_qnnpack(folder: Path, cli: Cli) -> None:
+    """One scale for each weight, its average with memory, and activations of 8 bits."""
+    pytest.importorskip("torchao")
+    case = Case("prepared", "Norms", "unsigned", "per-tensor")
+    ao = torch_ao("quantization")
+    with quietly():
+        model: Any = ao.fuse_modules_qat(net("Norms"), FUSED["Norms"])
+        model.qconfig = ao.get_default_qat_qconfig("qnnpack")
+        model = ao.prepare_qat(model)
+        for x in batches(4):
+            model(x)
+    write(case, model.state_dict())
+    assert cli("fuse", "qat.pt", *WORDS, "-o", "out.safetensors").code == 0
+    assert cli("verify", "qat.pt", "out.safetensors", *WORDS).code == 0
+    done = cli("quantize", "qat.pt", *WORDS, "-o", "int8.safetensors")
+    assert done.code == 0, done.out
+    assert integers("out.safetensors")["head.weight"] in ([-127, 127], [-128, 127])  # as the torch
+
+
+SHARED = """
+from torch import nn
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()
+    def forward(self, x):
+        return self.act(self.bn(self.conv(self.act(self.bn(self.conv(x))))))
+"""
+
+
+def test_a_layer_that_is_called_twice(folder: Path, cli: Cli) -> None:
+    Path("net.py").write_text(SHARED)
+    names: dict[str, Any] = {"__name__": "net"}
+    exec(compile(SHARED, "net.py", "exec"), names)
+    ao = torch_ao("quantization")
+    case = Case("prepared", "Twice", "unsigned", "per-channel")
+    with quietly():
+        model: Any = ao.fuse_modules_qat(randomise(names["Twice"](), 1).train(), ["conv", "bn", "act"])
+        model.qconfig = qconfig(case)
+        model = ao.prepare_qat(model)
+        for x in batches(2):
+            model(x)
+    torch.save(model.state_dict(), "qat.pt")
+    spec = {
+        "version": 1,
+        "model": {"factory": "net.py:Twice"},
+        "inputs": [{"shape": [2, 3, 6, 6]}],
+        "groups": [["conv", "bn", "act"]],
+        "verify": {"samples": 1},
+    }
+    Path("fuse.yaml").write_text(json.dumps(spec))
+    assert cli("fuse", "qat.pt", *WORDS, "-o", "out.safetensors").code == 0
+    assert cli("verify", "qat.pt", "out.safetensors", *WORDS).code == 0
+    x = batches(1)[0]
+    exact = simulated(model, x, rounding=False)
+    with torch.no_grad():
+        folded = fusecli.load_fused(names["Twice"](), "out.safetensors").double()(x.double())
+    assert (folded - exact).abs().max() <= 1e-6 * exact.abs().max()

@@ -438,6 +438,54 @@ def test_where_the_scale_is_said(cli: Cli, folder: Any) -> None:
     assert scale_of(cli, config, scale=1) == pytest.approx(1)  # the spec goes first
 
 
+ALIASED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+"""
+
+
+def test_a_layer_with_two_names(cli: Cli, folder: Any) -> None:
+    """Whether it is adapted at its other name nobody says."""
+    Path("net.py").write_text(ALIASED)
+    names: dict[str, Any] = {"__name__": "net"}
+    exec(compile(ALIASED, "net.py", "exec"), names)
+    torch.save(names["Net"]().state_dict(), "base.pt")
+    save_file(pair("a", (2, 3), (3, 2)), "adapter.safetensors")
+    adapter = {"file": "adapter.safetensors", "scale": 2.0}
+    Path("fuse.yaml").write_text(json.dumps({**SPEC, "inputs": [{"shape": [2, 3]}], "adapter": adapter}))
+    ended = cli("fuse", "base.pt", "--spec", "fuse.yaml", *ALLOW)
+    said = " ".join(ended.err.split())
+    assert (ended.code, "a: it is the same module as b (shared-module)" in said) == (4, True), ended.err
+    with pytest.raises(RefusedError, match="shared-module"):
+        fuse(names["Net"](), torch.randn(2, 3), adapter=adapter)
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_in_float32_on_a_base_in_half(cli: Cli, folder: Any, base: torch.dtype) -> None:
+    """Added in float64 and rounded once, to the dtype of the base."""
+    state = {name: t.to(base) if t.is_floating_point() else t for name, t in folder.state_dict().items()}
+    save_file({name: t.contiguous().clone() for name, t in state.items()}, "base.safetensors")
+    save_file(Q, "adapter.safetensors")
+    dtype = str(base).removeprefix("torch.")
+    adapter = {"file": "adapter.safetensors", "scale": 2.0}
+    inputs = [{"shape": [2, 2, 6, 6], "dtype": dtype}]
+    Path("fuse.yaml").write_text(json.dumps({**SPEC, "inputs": inputs, "adapter": adapter}))
+    ended = cli("fuse", "base.safetensors", "--spec", "fuse.yaml", *ALLOW)
+    assert ended.code == 0, ended.err + ended.out
+    assert cli("verify", "base.safetensors", FUSED, "--spec", "fuse.yaml", *ALLOW).code == 0
+    down, up = (t.double() for t in Q.values())
+    merged = state["q.weight"].double() + 2.0 * up @ down
+    assert torch.equal(load_file(FUSED)["q.weight"], merged.to(base))
+
+
 def test_with_other_folds_in_the_same_run(cli: Cli, folder: Any) -> None:
     ended = run(cli, {**Q, **CONV}, discover=True)
     assert ended.code == 0, ended.err
