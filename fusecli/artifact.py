@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusecli import rewrite
-from fusecli.checkpoint import Checkpoint, open_checkpoint
+from fusecli.checkpoint import AVERAGED, Checkpoint, open_checkpoint
 from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
 from fusecli.outcome import Mode
@@ -123,8 +123,8 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str) -> Non
     Raises UsageError naming missing and unexpected keys and shapes that differ.
     """
     expected = model.state_dict()
-    # A counter of training batches: old checkpoints have none, and inference does not read it.
-    needed = {key for key in expected if not key.endswith("num_batches_tracked")}
+    # Counters of training: old checkpoints have none, and inference does not read them.
+    needed = {key for key in expected if key != AVERAGED and not key.endswith("num_batches_tracked")}
     problems = _differences(needed - state.keys(), state.keys() - expected.keys(), expected.keys(), where)
     problems += _shapes(state, expected, where)
     if problems:

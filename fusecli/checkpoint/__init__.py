@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fusecli.checkpoint.digest import sha256_file
-from fusecli.checkpoint.opening import Checkpoint, open_checkpoint
+from fusecli.checkpoint.opening import AVERAGED, Checkpoint, open_checkpoint
 from fusecli.checkpoint.staging import Staged, check_target, staged
 from fusecli.checkpoint.stored import StoredTensor
 from fusecli.checkpoint.writer import write_pt, write_safetensors
 
 __all__ = [
+    "AVERAGED",
     "Checkpoint",
     "Staged",
     "StoredTensor",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from fusecli.checkpoint.stored import StoredTensor, find_ties, store
 from fusecli.checkpoint.trouble import misused, unreadable
 
 MANIFEST = "fusecli"
+AVERAGED = "n_averaged"  # how many models torch.optim.swa_utils.AveragedModel has averaged
+Kept = TypeVar("Kept")
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -112,15 +114,17 @@ def _open_mapped(path: Path, kind: Kind, key: str | None, strip_prefix: Sequence
     if key is not None:
         raise misused(path, f"a safetensors file has no key '{key}' to open", "leave out checkpoint.key")
     mapped = map_safetensors(path) if kind is Kind.SAFETENSORS else map_shards(path)
-    renaming = _rename(path, mapped.tensors, mapped.tensors, strip_prefix, MANIFEST in mapped.metadata)
-    tensors = _renamed(mapped.tensors, renaming)
+    final = MANIFEST in mapped.metadata
+    found, average = (dict(mapped.tensors), ()) if final else _averaged(mapped.tensors)
+    renaming = _rename(path, found, found, strip_prefix, final)
+    tensors = _renamed(found, renaming)
     return Checkpoint(
         path=path,
         format=kind.value,
         tensors=tensors,
         files=mapped.files,
         prefixes=renaming.prefixes,
-        notices=_remarks(tensors, renaming),
+        notices=(*average, *_remarks(tensors, renaming)),
         metadata=mapped.metadata,
     )
 
@@ -129,20 +133,22 @@ def _open_state(path: Path, kind: Kind, choice: Choice, strip_prefix: Sequence[s
     module = _unwrapped(choice.state) if isinstance(choice.state, nn.Module) else None
     state = module.state_dict() if module is not None else choice.state
     assert isinstance(state, Mapping)
-    found = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    found = {name: value for name, value in state.items() if _is_tensor(value)}
     _refuse_names(path, found)
     final = module is not None or bool(_manifest(state))
-    renaming = _rename(path, state, found, strip_prefix, final)
+    found, average = (found, ()) if final else _averaged(found)
+    kept = {name: value for name, value in state.items() if name in found or not _is_tensor(value)}
+    renaming = _rename(path, kept, found, strip_prefix, final)
     tensors = _renamed({name: store(name, value, path) for name, value in found.items()}, renaming)
     return Checkpoint(
         path=path,
         format=kind.value if module is None else f"pickled module ({kind.value.split()[0]})",
         tensors=tensors,
         files=(path,),
-        others={renaming.names[name]: value for name, value in state.items() if name not in found},
+        others={renaming.names[name]: value for name, value in kept.items() if name not in found},
         nesting=choice.key,
         prefixes=renaming.prefixes,
-        notices=(*choice.notices, *_remarks(tensors, renaming), *_mode(module)),
+        notices=(*choice.notices, *average, *_remarks(tensors, renaming), *_mode(module)),
         ties=find_ties({renaming.names[name]: value for name, value in found.items()}),
         metadata=_manifest(state),
         module=module,
@@ -170,6 +176,20 @@ def _rename(
 
 def _renamed(tensors: Mapping[str, StoredTensor], renaming: Renaming) -> dict[str, StoredTensor]:
     return {renaming.names[key]: replace(tensors[key], name=renaming.names[key]) for key in tensors}
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _averaged(tensors: Mapping[str, Kept]) -> tuple[dict[str, Kept], tuple[str, ...]]:
+    """The tensors without the counter that torch.optim.swa_utils.AveragedModel keeps beside its module, and a
+    remark on it."""
+    found = dict(tensors)
+    if AVERAGED not in found or not all(name == AVERAGED or name.startswith("module.") for name in found):
+        return found, ()
+    del found[AVERAGED]
+    return found, (f"an AveragedModel was saved: its average is read, {AVERAGED} is left out",)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

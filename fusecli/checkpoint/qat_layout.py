@@ -41,11 +41,13 @@ class Quantizer:
     """The keys of what a fake quantizer rounds with.
 
     folded   it saw the weight times gamma / sqrt(running_var + eps), not the stored weight
+    seen     the lowest and the highest value that made its scale; None: its scale is not made of what it saw
     """
 
     scale: str
     zero_point: str
     folded: bool
+    seen: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,19 @@ def _quantizers(
             name = names.get(weight, weight)
         else:
             name = _below(owner, "output") if name == OUTPUT else path
-        yield name, Quantizer(scale, zero_point, folded)
+        yield name, Quantizer(scale, zero_point, folded, _seen(path, set(keys)))
+
+
+def _seen(path: str, keys: set[str]) -> tuple[str, str] | None:
+    """Where a fake quantizer keeps the range of the values it has seen, if its scale is made of that."""
+    if f"{path}.learning_enabled" in keys:
+        return None  # the scale of a learnable one is a parameter
+    for inside in ("activation_post_process.", ""):
+        for ending in ("", "s"):
+            pair = (f"{path}.{inside}min_val{ending}", f"{path}.{inside}max_val{ending}")
+            if set(pair) <= keys:
+                return pair
+    return None
 
 
 def _in_order(keys: Iterable[str], units: set[str]) -> Iterator[str]:

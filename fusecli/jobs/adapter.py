@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from fusecli.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from fusecli.errors import FusecliError, Problem, RefusedError, UsageError
+from fusecli.jobs.adapter_config import CONFIG, configured, require_plain
 from fusecli.nn import Adapted, adapt, computed_tensor
 from fusecli.outcome import LedgerEntry
 from fusecli.rewrite import ModuleTree
 from fusecli.spec.adapter import Adapter as AdapterSpec
 from fusecli.spec.names import NameTree
 
-CONFIG = "adapter_config.json"
-_LIMIT = 1 << 20
 _PEFT = "base_model.model."
 _NAME = re.compile(r"(?P<path>.+)\.(?P<side>lora_[AB])(\.(?P<adapter>[^.]+)\.weight|\.weight)?", re.DOTALL)
 _ROUNDED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_NAMES = 3
-_LARGEST = 1e300
 # What is in the file of an adapter that is no sum of the base and a product.
 _OTHERS = {
     "lora_magnitude_vector": "DoRA scales the sum by its own norm",
@@ -36,18 +32,6 @@ _OTHERS = {
     "lora_embedding_B": "it adapts an embedding",
     "modules_to_save": "it replaces whole modules",
 }
-# Keys of PEFT's configuration which say that the adapter is something else than W + scale B A.
-_UNSUPPORTED = {
-    "use_dora": "DoRA scales the sum by its own norm",
-    "fan_in_fan_out": "its weights are stored as [in, out]",
-    "modules_to_save": "it replaces whole modules",
-    "alpha_pattern": "each layer has an alpha of its own",
-    "layer_replication": "it repeats layers of the base",
-    "lora_bias": "its B has a bias",
-    "trainable_token_indices": "it replaces rows of an embedding",
-}
-# Ways to begin training that change the base weights too: the adapter alone does not tell how.
-_BASE_CHANGED = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -104,13 +88,13 @@ def open_adapter(spec: AdapterSpec, folder: Path, where: str) -> Adapter:
     except FusecliError as error:
         problems = (Problem(f"the adapter: {p.what}", f"{where}: {p.where}", p.fix) for p in error.problems)
         raise type(error)(*problems) from error
-    pairs = _pairs(checkpoint)
-    found = Adapter(checkpoint.path, checkpoint.sha256(), pairs, spec.scale or 0.0)
+    found = Adapter(checkpoint.path, checkpoint.sha256(), _pairs(checkpoint), spec.scale or 0.0)
+    beside = checkpoint.path.parent
     if spec.scale is None and spec.alpha is None:
-        return _configured(found, checkpoint.path.parent / CONFIG, where)
-    if spec.alpha is not None:
-        return Adapter(found.path, found.sha256, pairs, spec.alpha, "rank")
-    return found
+        strength = configured(beside, where)
+        return replace(found, strength=strength.alpha, divided=strength.divided, rank=strength.rank)
+    require_plain(beside)
+    return found if spec.alpha is None else replace(found, strength=spec.alpha, divided="rank")
 
 
 def _pairs(checkpoint: Checkpoint) -> dict[str, Pair]:
@@ -152,54 +136,6 @@ def _no_pair(name: str, where: str) -> FusecliError:
     return UsageError(Problem(f"{name} is no part of a LoRA adapter", where, fix))
 
 
-def _configured(adapter: Adapter, path: Path, where: str) -> Adapter:
-    """The adapter with the scale that PEFT's configuration gives it."""
-    config = _config(path, where)
-    label = str(path)
-    if config.get("peft_type", "LORA") != "LORA":
-        raise RefusedError(Problem(f"peft_type is {config['peft_type']!r}, not 'LORA'", label))
-    for key, what in _UNSUPPORTED.items():
-        if config.get(key):
-            fix = "merge it with the library that trained it, and fuse the result"
-            raise RefusedError(Problem(f"{key} is set: {what}, which is not supported", label, fix))
-    begun = config.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(_BASE_CHANGED):
-        fix = "save it with path_initial_model_for_weight_conversion, as PEFT has it"
-        raise RefusedError(Problem(f"init_lora_weights is {begun!r}: the base was changed too", label, fix))
-    alpha, rank, root = config.get("lora_alpha"), config.get("r"), config.get("use_rslora", False)
-    # Compared, not converted: JSON may hold whole numbers that no float can.
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not -_LARGEST < alpha < _LARGEST:
-        raise UsageError(Problem(f"lora_alpha is {alpha!r}, not a number", label))
-    if type(rank) is not int or rank < 1:
-        raise UsageError(Problem(f"r is {rank!r}, not a whole number from 1", label))
-    if type(root) is not bool:
-        raise UsageError(Problem(f"use_rslora is {root!r}, not true or false", label))
-    said = None if config.get("rank_pattern") else rank
-    divided = "root" if root else "rank"
-    return Adapter(adapter.path, adapter.sha256, adapter.pairs, float(alpha), divided, said)
-
-
-def _config(path: Path, where: str) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_LIMIT + 1)
-    except OSError as error:
-        fix = "add scale: 2.0, or alpha: 16 (alpha / rank is the scale), to the adapter"
-        reason = error.strerror or str(error)
-        raise UsageError(
-            Problem(f"nothing says its scale: {CONFIG} beside it: {reason}", where, fix)
-        ) from None
-    if len(data) > _LIMIT:
-        raise UsageError(Problem("is larger than 1 MiB", str(path), "say scale or alpha in the spec"))
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(Problem(f"is no JSON: {error}", str(path))) from None
-    if not isinstance(config, dict):
-        raise UsageError(Problem("is no JSON object", str(path)))
-    return config
-
-
 def dress(model: nn.Module, adapter: Adapter, tied: Collection[str] = ()) -> None:
     """Puts the adapter's layers into the model, without their numbers.
 
@@ -211,9 +147,13 @@ def dress(model: nn.Module, adapter: Adapter, tied: Collection[str] = ()) -> Non
     require_known(adapter, tree.modules)
     where = str(adapter.path)
     problems, refused = [], []
+    names: dict[int, list[str]] = {}
+    for path, module in tree.modules.items():
+        names.setdefault(id(module), []).append(path)
     for path, pair in adapter.pairs.items():
         layer = tree[path]
-        if no := _unfit(layer, f"{path}.weight" in tied):
+        others = [name for name in names[id(layer)] if name != path]
+        if no := _unfit(layer, others, f"{path}.weight" in tied):
             refused.append(
                 Problem(f"{path}: {no}", where, "merge it yourself, or take it out of the adapter")
             )
@@ -245,8 +185,13 @@ def _lost(lost: list[str], tree: NameTree, where: str) -> Iterator[Problem]:
         yield Problem(f"and {len(lost) - _MOST_NAMES} more", where)
 
 
-def _unfit(layer: nn.Module, tied: bool) -> str:
-    """Why W + scale B A would not be what the adapted layer computes; "" if it is."""
+def _unfit(layer: nn.Module, others: Sequence[str], tied: bool) -> str:
+    """Why W + scale B A would not be what the adapted layer computes; "" if it is.
+
+    others   its names besides the one that the adapter has for it: whether they are adapted nobody says
+    """
+    if others:
+        return f"it is the same module as {', '.join(others)} (shared-module)"
     if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return f"it is of class {type(layer).__name__}, no Linear or convolution"
     name, how = computed_tensor(layer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,8 @@ from fusecli.jobs.fuse import FuseRequest, fuse_file
 from fusecli.jobs.proof import Tick
 from fusecli.jobs.source import Source, source_of
 from fusecli.jobs.trained import read_trained
-from fusecli.outcome import Outcome
+from fusecli.outcome import LedgerEntry, Outcome
+from fusecli.qat.qparams import SIGNED, UNSIGNED, QParams, integers_of
 from fusecli.rewrite import MANIFEST_KEY
 from fusecli.spec import Spec
 
@@ -69,13 +70,14 @@ def floats_of(path: Path, spec: Spec, consent: Consent, tick: Tick, allow_pickle
             original = source.original()
             size = facts.totals(facts.layout_of(source.checkpoint), None).bytes
             outcome = replace(outcome, command="quantize", output=None, problems=(), next_step="")
-            if outcome.exit_code is ExitCode.NOTHING:
+            if outcome.exit_code is ExitCode.NOTHING:  # and nothing was learned: that would be written
                 outcome = replace(outcome, exit_code=ExitCode.OK)
                 return Floats(original, original, {}, outcome, {"float": size, "fused": size})
             with open_checkpoint(fused) as artifact:
                 assert source.build is not None
                 model = load_into(source.build(), artifact, lambda: consent)
-                learned = _learned(artifact)
+                learned, unplaced = _learned(artifact)
+                outcome = replace(outcome, ledger=(*outcome.ledger, *unplaced))
                 after = facts.totals(facts.layout_of(artifact), None).bytes
             return Floats(original, model.eval(), learned, outcome, {"float": size, "fused": after})
 
@@ -108,13 +110,35 @@ def _folded(source: Source, consent: Consent) -> Floats:
         input=facts.input_facts(checkpoint),
         environment=facts.environment(),
     )
-    return Floats(model, model, _learned(checkpoint), outcome, {"float": size, "fused": size})
+    learned, unplaced = _learned(checkpoint)
+    outcome = replace(outcome, ledger=unplaced)
+    return Floats(model, model, learned, outcome, {"float": size, "fused": size})
 
 
-def _learned(artifact: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
-    """Scales and zero points that quantization-aware training has learned, by what they quantize."""
+def _learned(artifact: Checkpoint) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[LedgerEntry, ...]]:
+    """Scales and zero points that quantization-aware training has learned, by what they quantize, for the
+    integers that are stored here: signed ones for weights, unsigned ones for activations. And those that
+    belong to nothing that has a name."""
     trained = manifest_of(artifact).trained
     records = trained.quantizers if trained is not None else ()
-    pairs = {record.of: record.tensors for record in records}
-    stored = artifact.tensors
-    return {what: (stored[a].load().clone(), stored[b].load().clone()) for what, (a, b) in pairs.items()}
+    found, unplaced = {}, []
+    for record in records:
+        if not record.of.endswith((".weight", ".output")):
+            unplaced.append(record.of)
+            continue
+        scale, zero_point = (artifact.tensors[name].load().clone() for name in record.tensors)
+        weight = record.of.endswith(".weight")
+        integers = record.integers or integers_of(scale, zero_point, None, None, weight=weight)
+        stored = QParams(scale, zero_point, integers).within(SIGNED if weight else UNSIGNED)
+        found[record.of] = stored.scale, stored.zero_point
+    return found, tuple(_numbered(unplaced))
+
+
+def _numbered(names: Sequence[str]) -> Iterator[LedgerEntry]:
+    """What the report says of the observers of prepare_qat_fx."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        what = (
+            "the scale is not used: prepare_qat_fx numbers its observers, and no tensor says which value each"
+        )
+        yield LedgerEntry("quantizer", f"{names[0]}{more}", f"{what} belongs to; calibration gives one")

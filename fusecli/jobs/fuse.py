@@ -208,7 +208,9 @@ class _Job:
             )
             try:
                 fold = plan_fold(self.source, skeleton, choice.groups, run)
-                if not fold.decisions:
+                # What was trained with simulated quantization is written as the float model that it is, with
+                # its scales, folds or none.
+                if not fold.decisions and self.source.trained is None:
                     return self._nothing(outcome, choice, bool(fold.done))
                 if problems := self._shortfall(fold, choice):
                     return self._short(outcome, fold, choice, problems)

@@ -45,7 +45,12 @@ def learned(source: Source, decisions: Sequence[Decision], modules: Mapping[str,
         said = "the model's name of the norm inside is not known, and load_fused needs it: list it in groups"
         nameless = (layer for layer, norm in trained.norms.items() if norm == f"{layer}.bn")
         ledger += (LedgerEntry("assumed", layer, said) for layer in nameless)
-    for what, (scale, zero_point) in trained.scales.items():
+    for what, stored in trained.scales.items():
+        learned_for = stored.read(weight=what.endswith(".weight"))
+        if isinstance(learned_for, str):
+            said = f"its scale is not used: {learned_for}; calibration gives one"
+            ledger.append(LedgerEntry("quantizer", what, said))
+            continue
         if what in gone:
             ledger.append(LedgerEntry("quantizer", what, f"its scale is gone: {gone[what]}"))
             continue
@@ -53,7 +58,7 @@ def learned(source: Source, decisions: Sequence[Decision], modules: Mapping[str,
             ledger.append(LedgerEntry("quantizer", what, "its scale is gone: the fold makes another tensor"))
             continue
         name, layer = found[what], what.removesuffix(".weight")
-        pair = scale.load().clone(), zero_point.load().clone()
+        pair = learned_for.scale, learned_for.zero_point
         rescaled = layer != what and layer in outside and what not in trained.folded
         if rescaled:
             factor = channel_affine(modules[outside[layer]]).scale
@@ -63,7 +68,7 @@ def learned(source: Source, decisions: Sequence[Decision], modules: Mapping[str,
                 continue
             pair = _rescaled(*pair, factor)
         tensors |= {f"{name}.scale": pair[0], f"{name}.zero_point": pair[1]}
-        records.append(QuantizerRecord(name, rescaled))
+        records.append(QuantizerRecord(name, rescaled, learned_for.integers))
     return Learned(tensors, tuple(records), tuple(ledger))
 
 

@@ -21,6 +21,7 @@ from fusecli.graph.kinds import is_norm
 from fusecli.graph.record import Run
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.source import Source, module_names
+from fusecli.qat.qparams import QParams, integers_of, unobserved
 from fusecli.rewrite import Container, Manifest, ModuleTree
 from fusecli.spec import Spec
 from fusecli.spec.names import NameTree
@@ -31,19 +32,36 @@ _RULES = frozenset({"conv_bn", "conv_transpose_bn", "linear_bn", "bake"})
 
 
 @dataclass(frozen=True)
+class StoredScale:
+    """A fake quantizer's scale and zero point, and the lowest and the highest value that made them."""
+
+    scale: StoredTensor
+    zero_point: StoredTensor
+    seen: tuple[StoredTensor, StoredTensor] | None = None
+
+    def read(self, *, weight: bool) -> QParams | str:
+        """The numbers, with the integers they are meant for; or why they are no scale of anything."""
+        scale, zero_point = self.scale.load().clone(), self.zero_point.load().clone()
+        low, high = (stored.load() for stored in self.seen) if self.seen else (None, None)
+        if why := unobserved(scale, low, high):
+            return why
+        return QParams(scale, zero_point, integers_of(scale, zero_point, low, high, weight=weight))
+
+
+@dataclass(frozen=True)
 class Trained:
     """What there is besides a float checkpoint.
 
     layout   "fused" or "prepared", as checkpoint.qat_layout has them
     norms    for each layer with a norm inside the name of that norm in the model
-    scales   scale and zero point by what they quantize: "conv.weight", "conv.output"
+    scales   what fake quantizers have learned, by what they quantize: "conv.weight", "conv.output"
     folded   those of them that were learned for the folded weight
     hints    what is known of the norms' groups and no tensor tells
     """
 
     layout: str
     norms: Mapping[str, str]
-    scales: Mapping[str, tuple[StoredTensor, StoredTensor]] = field(default_factory=dict)
+    scales: Mapping[str, StoredScale] = field(default_factory=dict)
     folded: frozenset[str] = frozenset()
     hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -98,8 +116,10 @@ def _settle(
     _require_distinct(renamed, str(checkpoint.path))
     tensors = {new: replace(stored[key], name=new) for key, new in renamed.items()}
     scales = {
-        what: (stored[quantizer.scale], stored[quantizer.zero_point])
-        for what, quantizer in layout.quantizers.items()
+        what: StoredScale(
+            stored[q.scale], stored[q.zero_point], (stored[q.seen[0]], stored[q.seen[1]]) if q.seen else None
+        )
+        for what, q in layout.quantizers.items()
     }
     notice = f"trained with simulated quantization ({layout.kind}): read as float, {len(scales)} scales found"
     ties = [tuple(renamed[key] for key in tie if key in renamed) for tie in checkpoint.ties]

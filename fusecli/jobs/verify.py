@@ -171,7 +171,9 @@ def _read_trained(source: Source, spec: Spec, manifest: Manifest, artifact: Chec
     if MANIFEST_KEY in checkpoint.metadata:
         read_trained(source, spec, manifest_of(checkpoint))
     else:
-        read_as(source, spec, manifest.trained.norms, artifact.tensors)
+        # Of a norm that was folded the artifact has no tensor: it is a module of a group.
+        folded = {f"{path}.weight" for group in manifest.groups for path in group.modules}
+        read_as(source, spec, manifest.trained.norms, artifact.tensors.keys() | folded)
 
 
 def _adapted(source: Source) -> dict[str, str]:
@@ -258,7 +260,7 @@ def _unlike(fold: Fold, manifest: Manifest) -> Iterator[str]:
     """What the manifest says and the checkpoint does not."""
     if _edits(fold) != manifest.edits:
         yield "the manifest's edits are not those of its groups"
-    if _learned(trained_record(fold)) != _learned(manifest.trained):
+    if _learned(_as_noted(trained_record(fold), manifest.trained)) != _learned(manifest.trained):
         yield "what the manifest says was trained is not what the checkpoint holds"
     told = {group.planned: group.hints for group in manifest.groups}
     for decision, hints in zip(fold.decisions, fold.hints, strict=True):
@@ -271,7 +273,16 @@ def _learned(record: TrainedRecord | None) -> object:
     """The record without an order: the file may have been saved again, its tensors in another one."""
     if record is None:
         return None
-    return record.layout, dict(record.norms), sorted((q.of, q.rescaled) for q in record.quantizers)
+    return record.layout, dict(record.norms), {q.of: q for q in record.quantizers}
+
+
+def _as_noted(record: TrainedRecord | None, manifest: TrainedRecord | None) -> TrainedRecord | None:
+    """The record without the integers that an earlier fusecli has not noted."""
+    silent = {q.of for q in manifest.quantizers if q.integers is None} if manifest is not None else set()
+    if record is None or not silent:
+        return record
+    told = (replace(q, integers=None) if q.of in silent else q for q in record.quantizers)
+    return replace(record, quantizers=tuple(told))
 
 
 def _edits(fold: Fold) -> tuple[object, ...]:

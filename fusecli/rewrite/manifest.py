@@ -76,10 +76,12 @@ class QuantizerRecord:
 
     of        what they quantize: "conv.weight", "conv.output"
     rescaled  learned for the weight before its norm was folded, and multiplied with it
+    integers  the lowest and the highest integer that they were learned for; None: it was not noted
     """
 
     of: str
     rescaled: bool = False
+    integers: tuple[int, int] | None = None
 
     @property
     def tensors(self) -> tuple[str, str]:
@@ -218,7 +220,9 @@ def _group_from_dict(document: dict[str, Any]) -> GroupRecord:
 
 def _trained(document: dict[str, Any]) -> TrainedRecord:
     norms = dict(document["norms"].items())
-    quantizers = tuple(QuantizerRecord(q["of"], q["rescaled"]) for q in document["quantizers"])
+    quantizers = tuple(
+        QuantizerRecord(q["of"], q["rescaled"], _integers(q.get("integers"))) for q in document["quantizers"]
+    )
     texts = (*norms.keys(), *norms.values(), *(q.of for q in quantizers))
     if not all(isinstance(text, str) and text for text in texts):
         raise TypeError("what was trained has no name")
@@ -227,6 +231,16 @@ def _trained(document: dict[str, Any]) -> TrainedRecord:
     ):
         raise ValueError(f"the layout is {document['layout']!r}")
     return TrainedRecord(document["layout"], norms, quantizers)
+
+
+def _integers(values: Any) -> tuple[int, int] | None:
+    """A range of integers that holds 0, of 8 bits at most."""
+    if values is None:
+        return None
+    lowest, highest = values
+    if not (type(lowest) is type(highest) is int and -128 <= lowest <= 0 < highest <= 255):
+        raise ValueError(f"the integers are {values!r}")
+    return lowest, highest
 
 
 def _hints(values: Any) -> dict[str, Any]:

@@ -221,6 +221,16 @@ def test_a_container_of_a_layer_whose_weight_is_computed(parts: tuple[str, ...])
     assert layout.units == ("p",)
 
 
+def seen(owner: str) -> tuple[str, str]:
+    return f"{owner}.activation_post_process.min_val", f"{owner}.activation_post_process.max_val"
+
+
+def test_the_scale_of_a_learnable_quantizer_is_not_made_of_what_it_saw() -> None:
+    learnable = [*FAKE, "learning_enabled"]
+    layout = found({**layer("head"), **below("head.weight_fake_quant", learnable)})
+    assert layout.quantizers["head.weight"].seen is None
+
+
 def test_a_prepared_layer_with_its_norm() -> None:
     keys = {
         **layer("conv", bias=True),
@@ -233,8 +243,8 @@ def test_a_prepared_layer_with_its_norm() -> None:
     assert list(layout.names) == list(layout.names.values()) == [*layer("conv", bias=True), *norm("conv.bn")]
     weight, output = "conv.weight_fake_quant", "conv.activation_post_process"
     assert layout.quantizers == {
-        "conv.weight": Quantizer(f"{weight}.scale", f"{weight}.zero_point", folded=True),
-        "conv.output": Quantizer(f"{output}.scale", f"{output}.zero_point", folded=False),
+        "conv.weight": Quantizer(f"{weight}.scale", f"{weight}.zero_point", True, seen(weight)),
+        "conv.output": Quantizer(f"{output}.scale", f"{output}.zero_point", False, seen(output)),
     }
     assert layout.dropped == tuple(f"{owner}.{name}" for owner in (weight, output) for name in FAKE[2:])
 
@@ -292,7 +302,7 @@ OUTPUTS = [
 def test_observers_of_outputs(path: str, name: str) -> None:
     layout = found({**layer("head"), **below(path, FAKE)})
     assert list(layout.quantizers) == [name]
-    assert layout.quantizers[name] == Quantizer(f"{path}.scale", f"{path}.zero_point", folded=False)
+    assert layout.quantizers[name] == Quantizer(f"{path}.scale", f"{path}.zero_point", False, seen(path))
 
 
 def test_observers_without_a_scale_are_dropped() -> None:

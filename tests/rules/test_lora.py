@@ -166,7 +166,7 @@ CONFIGS: dict[str, tuple[object, int, str]] = {
     "r is none": ({"r": 0, "lora_alpha": 4}, 2, "r is 0"),
     "use_rslora as text": ({"r": 2, "lora_alpha": 4, "use_rslora": "no"}, 2, "use_rslora is 'no'"),
     "another rank": ({"r": 3, "lora_alpha": 4}, 2, "its rank is 2, and adapter_config.json says 3"),
-    "DoRA": ({"r": 2, "lora_alpha": 4, "use_dora": True}, 4, "use_dora is set"),
+    "DoRA": ({"r": 2, "lora_alpha": 4, "use_dora": True}, 4, "use_dora is True: DoRA"),
     "stored the other way round": ({"r": 2, "lora_alpha": 4, "fan_in_fan_out": True}, 4, "[in, out]"),
     "saved modules": ({"r": 2, "lora_alpha": 4, "modules_to_save": ["out"]}, 4, "replaces whole modules"),
     "alphas": ({"r": 2, "lora_alpha": 4, "alpha_pattern": {"q": 8}}, 4, "an alpha of its own"),
@@ -183,6 +183,105 @@ def test_a_configuration_that_says_no_scale(cli: Cli, folder: Any, what: str) ->
         Path("adapter_config.json").write_text(text)
     ended = run(cli, Q, adapter={"file": "adapter.safetensors"})
     assert (ended.code, message in problems(ended)) == (code, True), ended.err
+
+
+# What PEFT 0.19 writes for an adapter with all its defaults.
+WRITTEN: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": {"base_model_class": "Net", "parent_library": "net"},
+    "base_model_name_or_path": "somebody/net",
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 6,
+    "lora_bias": False,
+    "lora_dropout": 0.05,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "peft_version": "0.19.1",
+    "qalora_group_size": 16,
+    "r": 2,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": ["q"],
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+}
+# Of each of these the adapter is something else than W + scale B A on the stored base.
+SOMETHING_ELSE: list[tuple[str, Any]] = [
+    ("alora_invocation_tokens", [1, 2]),
+    ("arrow_config", {"top_k": 3}),
+    ("bias", "all"),
+    ("bias", "lora_only"),
+    ("corda_config", {"corda_method": "ipm"}),
+    ("eva_config", {"rho": 2.0}),
+    ("init_lora_weights", "corda"),
+    ("init_lora_weights", "eva"),
+    ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "lora_ga"),
+    ("init_lora_weights", "olora"),
+    ("init_lora_weights", "pissa"),
+    ("init_lora_weights", "of next year"),
+    ("layer_replication", [[0, 4]]),
+    ("lora_ga_config", {"direction": "ArB2r"}),
+    ("megatron_config", {"hidden_size": 8}),
+    ("target_parameters", ["experts.gate_up_proj"]),
+    ("trainable_token_indices", [0]),
+    ("use_qalora", True),
+    ("use_dora", 1),
+    ("a_key_of_next_year", True),
+    ("a_key_of_next_year", 0.5),
+    ("a_key_of_next_year", 0),
+]
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+@pytest.mark.parametrize(("key", "value"), SOMETHING_ELSE, ids=str)
+def test_what_is_not_known_to_be_harmless_is_refused_by_name(
+    cli: Cli, folder: Any, key: str, value: Any, scale: float | None
+) -> None:
+    """A scale of the spec's own does not make it W + scale B A."""
+    Path("adapter_config.json").write_text(json.dumps({**WRITTEN, key: value}))
+    adapter = (
+        {"file": "adapter.safetensors"} if scale is None else {"file": "adapter.safetensors", "scale": scale}
+    )
+    ended = run(cli, Q, adapter=adapter)
+    assert (ended.code, f"{key} is {value!r}:" in problems(ended)) == (4, True), ended.err
+    assert not Path(FUSED).exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"a_key_of_next_year": None, "another_one": False, "a_table": {}},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers", "lora_dropout": 0.5},
+    ],
+    ids=str,
+)
+def test_a_configuration_as_it_is_written(cli: Cli, folder: Any, more: dict[str, Any]) -> None:
+    assert scale_of(cli, {**WRITTEN, **more}) == pytest.approx(3)
+    assert scale_of(cli, {**WRITTEN, **more}, scale=-1) == pytest.approx(-1)
 
 
 def test_a_file_that_is_not_there_or_runs_code(cli: Cli, folder: Any) -> None:
@@ -337,6 +436,54 @@ def test_where_the_scale_is_said(cli: Cli, folder: Any) -> None:
     assert scale_of(cli, {**config, "use_rslora": True}) == pytest.approx(6 / 2**0.5)
     assert scale_of(cli, {**config, "r": 8, "rank_pattern": {"q": 2}}) == pytest.approx(3)
     assert scale_of(cli, config, scale=1) == pytest.approx(1)  # the spec goes first
+
+
+ALIASED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+"""
+
+
+def test_a_layer_with_two_names(cli: Cli, folder: Any) -> None:
+    """Whether it is adapted at its other name nobody says."""
+    Path("net.py").write_text(ALIASED)
+    names: dict[str, Any] = {"__name__": "net"}
+    exec(compile(ALIASED, "net.py", "exec"), names)
+    torch.save(names["Net"]().state_dict(), "base.pt")
+    save_file(pair("a", (2, 3), (3, 2)), "adapter.safetensors")
+    adapter = {"file": "adapter.safetensors", "scale": 2.0}
+    Path("fuse.yaml").write_text(json.dumps({**SPEC, "inputs": [{"shape": [2, 3]}], "adapter": adapter}))
+    ended = cli("fuse", "base.pt", "--spec", "fuse.yaml", *ALLOW)
+    said = " ".join(ended.err.split())
+    assert (ended.code, "a: it is the same module as b (shared-module)" in said) == (4, True), ended.err
+    with pytest.raises(RefusedError, match="shared-module"):
+        fuse(names["Net"](), torch.randn(2, 3), adapter=adapter)
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_in_float32_on_a_base_in_half(cli: Cli, folder: Any, base: torch.dtype) -> None:
+    """Added in float64 and rounded once, to the dtype of the base."""
+    state = {name: t.to(base) if t.is_floating_point() else t for name, t in folder.state_dict().items()}
+    save_file({name: t.contiguous().clone() for name, t in state.items()}, "base.safetensors")
+    save_file(Q, "adapter.safetensors")
+    dtype = str(base).removeprefix("torch.")
+    adapter = {"file": "adapter.safetensors", "scale": 2.0}
+    inputs = [{"shape": [2, 2, 6, 6], "dtype": dtype}]
+    Path("fuse.yaml").write_text(json.dumps({**SPEC, "inputs": inputs, "adapter": adapter}))
+    ended = cli("fuse", "base.safetensors", "--spec", "fuse.yaml", *ALLOW)
+    assert ended.code == 0, ended.err + ended.out
+    assert cli("verify", "base.safetensors", FUSED, "--spec", "fuse.yaml", *ALLOW).code == 0
+    down, up = (t.double() for t in Q.values())
+    merged = state["q.weight"].double() + 2.0 * up @ down
+    assert torch.equal(load_file(FUSED)["q.weight"], merged.to(base))
 
 
 def test_with_other_folds_in_the_same_run(cli: Cli, folder: Any) -> None:
