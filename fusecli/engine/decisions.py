@@ -94,6 +94,7 @@ class Decision:
     region    the part of the run that a group is which is no chain
     spared    members that were asked for and stay, with the reason
     caveats   what the recorded sizes could not show
+    leaving   the members that become an identity: they will give the memory that they take
     """
 
     group: Group
@@ -109,6 +110,7 @@ class Decision:
     region: Region | None = None
     spared: tuple[Refusal, ...] = ()
     caveats: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

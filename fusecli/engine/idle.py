@@ -85,4 +85,5 @@ def idle_decision(audit: Audit, group: Group) -> Decision:
         probe=lambda _: None,
         evidence=Evidence.OBSERVED,
         region=region,
+        leaving=group.modules,
     )

@@ -31,6 +31,7 @@ class Value:
     name      of the parameter, buffer or input that it is; "" for what the run made
     constant  whether it derives from what the model holds and from literals alone
     origins   names of the parameters and buffers that a constant derives from
+    storage   the number of the storage that it is in
     """
 
     number: int
@@ -40,6 +41,7 @@ class Value:
     name: str = ""
     constant: bool = False
     origins: frozenset[str] = frozenset()
+    storage: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Call:
     """One op call; `op` is None for what is no op: a reader outside of torch, an output, memory that is kept.
 
     visits   the module calls it ran in, outermost first
+    lends    whether it hands the memory to something outside of torch, which may read and write it at any time
     """
 
     number: int
@@ -57,6 +60,7 @@ class Call:
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     visits: tuple[int, ...]
+    lends: bool = False
 
     @property
     def shapes(self) -> bool:
@@ -87,6 +91,16 @@ class Visit:
     takes: tuple[int, ...]
     gives: tuple[int, ...]
     calls: range
+
+
+@dataclass(frozen=True)
+class Touches:
+    """Who reads and who writes each storage, in the order of the run. `lasting`: those that were there before
+    the run, and so are read after it."""
+
+    reads: Mapping[int, list[Call]]
+    writes: Mapping[int, list[Call]]
+    lasting: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,20 @@ class Recording:
                 for value in call.reads:
                     needed[value] = True
         return tuple(alive)
+
+    @cached_property
+    def touches(self) -> Touches:
+        reads: dict[int, list[Call]] = {}
+        writes: dict[int, list[Call]] = {}
+        for call in self.calls:
+            read = {self.values[value].storage for value in call.reads}
+            for storage in read if self.alive[call.number] else ():
+                reads.setdefault(storage, []).append(call)
+            made = {self.values[value].storage for value in call.makes}
+            for storage in read if call.lends else read & made if call.writes else ():
+                writes.setdefault(storage, []).append(call)
+        before = frozenset(value.storage for value in self.values if value.made_by is None)
+        return Touches(reads, writes, before)
 
     @cached_property
     def asked(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
-from fusecli.graph.escapes import Escapes
+from fusecli.graph.escapes import COPIES, Escapes
 from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of, shape_of
 from fusecli.graph.ops import MOVES
 from fusecli.sample import tensors_in
@@ -59,6 +59,7 @@ class Recorder(TorchDispatchMode):
         self._visits: list[Visit] = []
         self._stack: list[int] = []
         self._memory: dict[Any, Memory] = {}
+        self._storages: dict[Any, int] = {}
         # What an nn.Identity gave: its own value, as long as nothing is written to that memory.
         self._given_on: Any = WeakTensorKeyDictionary()
         self._names: dict[str, tuple[str, ...]] = {}
@@ -149,7 +150,8 @@ class Recorder(TorchDispatchMode):
         """Something outside torch reads this tensor."""
         self._escaped = True
         self.went_astray |= self._fake
-        self._note(None, f"{name} in {self._place()}", (), {}, (self._memory_of(tensor)[1],), ())
+        value = self._memory_of(tensor)[1]
+        self._note(None, f"{name} in {self._place()}", (), {}, (value,), (), lends=name not in COPIES)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -256,7 +258,10 @@ class Recorder(TorchDispatchMode):
         self, tensor: Tensor, made_by: int | None, name: str, constant: bool, origins: frozenset[str]
     ) -> int:
         number = len(self._values)
-        self._values.append(Value(number, shape_of(tensor), tensor.dtype, made_by, name, constant, origins))
+        storage = self._storages.setdefault(key_of(tensor)[0], len(self._storages))
+        self._values.append(
+            Value(number, shape_of(tensor), tensor.dtype, made_by, name, constant, origins, storage)
+        )
         return number
 
     def _note(
@@ -267,8 +272,10 @@ class Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any],
         reads: tuple[int, ...],
         makes: tuple[int, ...],
+        lends: bool = False,
     ) -> None:
-        self._calls.append(Call(len(self._calls), op, name, args, kwargs, reads, makes, tuple(self._stack)))
+        number, visits = len(self._calls), tuple(self._stack)
+        self._calls.append(Call(number, op, name, args, kwargs, reads, makes, visits, lends))
 
     def _given_by_identity(self, tensor: Tensor) -> Tensor:
         """The same numbers, but a value of its own: a branch that is an identity is told from its input."""
