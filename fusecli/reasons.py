@@ -74,6 +74,14 @@ _TOPOLOGY = (
         "Give sample inputs that run it ('inputs' in the spec), or leave it out of the spec.",
     ),
     Reason(
+        "unseen",
+        "Ops ran that the recording does not show: in another thread, or in code that torch knows nothing of.",
+        "Who runs there may read the tensor between two members as well as anybody. With s and t the scale "
+        "and shift of the norm, it would get s y + t instead of y, and no reader of y is on record.",
+        "Let forward do its work in the thread that calls it. What runs after the last of their results was "
+        "used is folded as ever.",
+    ),
+    Reason(
         "bn-axis",
         "At the recorded shapes the channels of the norm are not the output channels of the layer.",
         "BatchNorm1d takes axis 1 for the channels, Linear gives them on the last one: behind a Linear that "

@@ -35,9 +35,7 @@ def links_of(recording: Recording, path: str) -> Iterator[Link]:
     """
     for visit in recording.visits_of(path):
         inner = recording.visits_in(visit)
-        gives, since = (
-            (inner[0].takes, inner[0].calls.start) if inner else (visit.gives, visit.calls.stop)
-        )
+        gives, since = (inner[0].takes, inner[0].calls.start) if inner else (visit.gives, visit.calls.stop)
         for one in visit.takes:
             for other in gives:
                 storages = recording.values[one].storage, recording.values[other].storage

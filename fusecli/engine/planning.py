@@ -16,6 +16,7 @@ from fusecli.engine.audit import Audit, Found
 from fusecli.engine.decisions import Decision, Group, Member, Modules, Plan, Vocabulary, refusal
 from fusecli.engine.fusers import opaque
 from fusecli.engine.idle import idle_decision, idle_modules
+from fusecli.engine.inside import require_seen
 from fusecli.engine.known import Known
 from fusecli.engine.purpose import require_same_purpose
 from fusecli.engine.steps import Wave
@@ -99,6 +100,8 @@ class _Planner:
             self._require_replaceable(member.path)
             if member.kind in FOLDABLE:
                 self.uses.require_single(member.path, member.module)
+        if self.audit is not None:
+            require_seen(self.audit.recording, *group.modules)
         if custom := self.vocabulary.fuser(modules):
             found = self._observed(group, members, custom=True)
             rewrite = opaque(custom, group.modules, self.vocabulary.mode)

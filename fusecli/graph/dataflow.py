@@ -111,6 +111,8 @@ class Recording:
     names       every name of a module by its first one
     written     parameters and buffers that forward wrote to
     aliases     names that are the same memory, as lists of parameters and buffers
+    appeared    values that no op of the run has made, nor anybody before it
+    elsewhere   modules that another thread has called, with the number of op calls when they returned
     """
 
     values: tuple[Value, ...]
@@ -120,6 +122,8 @@ class Recording:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
     aliases: tuple[frozenset[str], ...] = ()
+    appeared: frozenset[int] = frozenset()
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def first_name(self) -> dict[str, str]:
@@ -187,6 +191,15 @@ class Recording:
         return tuple(alive)
 
     @cached_property
+    def unseen_until(self) -> int:
+        """The op call up to which ops may have run that nobody has recorded; -1 if there were none.
+
+        What they read cannot be told: whatever was there until their results turned up.
+        """
+        seen = [self._readers[value][0].number for value in self.appeared if self._readers[value]]
+        return max((*seen, *self.elsewhere.values()), default=-1)
+
+    @cached_property
     def touches(self) -> Touches:
         reads: dict[int, list[Call]] = {}
         writes: dict[int, list[Call]] = {}
@@ -195,7 +208,7 @@ class Recording:
             for storage in read if self.alive[call.number] else ():
                 reads.setdefault(storage, []).append(call)
             made = {self.values[value].storage for value in call.makes}
-            for storage in read if call.lends else read & made if call.writes else ():
+            for storage in read if call.lends else read & made if _writes(call) else ():
                 writes.setdefault(storage, []).append(call)
         before = frozenset(value.storage for value in self.values if value.made_by is None)
         return Touches(reads, writes, before)
@@ -260,6 +273,10 @@ class Recording:
             return call.name
         place = self.inside(call)
         return f"{call.name} in {place}" if place else f"{call.name} in the model's forward"
+
+
+def _writes(call: Call) -> bool:
+    return call.writes or (call.op is None and bool(call.makes))
 
 
 def described(recording: Recording, calls: Iterable[Call]) -> tuple[str, ...]:

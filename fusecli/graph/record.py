@@ -127,6 +127,7 @@ class Run:
             # What autograd keeps for the output goes; what is inside an output of an unknown class stays.
             output = mapped(output, Tensor.detach)
             recorder.outlives(model)
+            output = None
         return recorder.recording(same_memory(self.structure))
 
 
