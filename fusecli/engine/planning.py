@@ -260,6 +260,7 @@ class _Planner:
                 refused.append(refusal(decision.group, no, decision.rule))
         if self.audit is not None:
             decisions.sort(key=lambda decision: self._start(decision))
+            decisions = [replace(d, unrun=self._unrun(d)) for d in decisions]
         return decisions, refused
 
     def _shared(self, decision: Decision, shares: Mapping[str, int]) -> NotFoldable | None:
@@ -280,6 +281,10 @@ class _Planner:
         assert self.audit is not None
         missed = (self.audit.missed(path, reached[path]) for path in found.reached)
         return next((no for no in missed if no is not None), None)
+
+    def _unrun(self, decision: Decision) -> tuple[str, ...]:
+        assert self.audit is not None
+        return self.audit.unrun(decision.members) if decision.evidence is Evidence.OBSERVED else ()
 
     def _start(self, decision: Decision) -> int:
         assert self.audit is not None

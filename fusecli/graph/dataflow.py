@@ -49,7 +49,7 @@ class Call:
     """One op call; `op` is None for what is no op: a reader outside of torch, an output, memory that is kept.
 
     visits   the module calls it ran in, outermost first
-    lends    whether it hands the memory to something outside of torch, which may read and write it at any time
+    lends    whether it hands the memory to something outside of torch, to be read and written at any time
     """
 
     number: int

@@ -1,6 +1,6 @@
 """Other hands on a tensor: what a norm takes or gives is written to, or used where nobody records it.
 
-Once a norm is an identity, what it gives is the memory that it takes. A write to the one then shows in the other.
+Once a norm is an identity, what it gives is the memory that it takes: a write to the one shows in the other.
 """
 
 from __future__ import annotations
