@@ -31,6 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
 from fusecli.graph.escapes import COPIES, Escapes
+from fusecli.graph.kinds import is_identity
 from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of, shape_of
 from fusecli.graph.ops import MOVES
 from fusecli.sample import tensors_in
@@ -366,7 +367,7 @@ class Recorder(TorchDispatchMode):
                 return None
             if not self._stack or self._visits[self._stack[-1]].path != path:
                 return None  # a pre-hook of the user has raised before this call began
-            if type(module) is nn.Identity and isinstance(output, Tensor) and not output.is_nested:
+            if is_identity(module) and isinstance(output, Tensor) and not output.is_nested:
                 output = self._given_by_identity(output)
             number = self._stack.pop()
             visit = self._visits[number]
