@@ -298,8 +298,8 @@ def plan(
 
     Raises UsageError where the model does not run on the inputs.
     """
-    asked = {"discover": True, "target": target, "exclude": list(exclude), "bake": bake}
-    asked |= {"verify": {"assume_same_path": assume_same_path}}
+    asked: dict[str, Any] = {"discover": True, "target": target, "exclude": list(exclude), "bake": bake}
+    asked["verify"] = {"assume_same_path": assume_same_path}
     read = spec_from_mapping(asked, where="fusecli.plan")
     tree = ModuleTree(model)
     bind_groups(read, names_of(tree))  # there are none; an exclude that matches nothing is a slip

@@ -131,8 +131,8 @@ class Audit:
         """The modules beside these that no input has run, though another one may."""
         if not (found := self._siblings.beside(members)):
             return ()
-        called = self._siblings.called | self.run.called_by_others
-        return Siblings(self.tree, called).beside(members) if self.run.called_by_others else found
+        others = self.run.called_by_others
+        return Siblings(self.tree, {*self._siblings.called, *others}).beside(members) if others else found
 
     @cached_property
     def _siblings(self) -> Siblings:

@@ -87,7 +87,8 @@ def is_identity(module: nn.Module) -> bool:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether a method of its own stands before one of its class: `forward`, or any that it may call."""
-    return not _methods(type(module)).isdisjoint(vars(module))
+    cls: type = type(module)
+    return not _methods(cls).isdisjoint(vars(module))
 
 
 @cache
