@@ -267,8 +267,11 @@ class Recorder(TorchDispatchMode):
                 version = tensor._version
         except RuntimeError:  # an inference tensor does not count
             return
-        before, writes = self._looks.get(tensor, (version, memory.writes))
+        known = self._looks.get(tensor)
+        if known == (version, memory.writes):
+            return
         self._looks[tensor] = version, memory.writes
+        before, writes = known or (version, memory.writes)
         if version - before > memory.writes - writes:
             reads, number = (memory.latest,), len(self._calls)
             value = self._overwrite(tensor, number, False, frozenset())
