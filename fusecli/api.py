@@ -49,7 +49,7 @@ from fusecli.jobs.plan import listing
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.source import Source, folder_of, vocabulary_of
-from fusecli.jobs.verdicts import STATUS, failures, recorded
+from fusecli.jobs.verdicts import STATUS, failures, on_all_paths, recorded
 from fusecli.jobs.weight_ranges import weight_range
 from fusecli.outcome import Judgement, LedgerEntry, Mode, Outcome, Proposal, Verdict
 from fusecli.qat import prepare_qat
@@ -154,6 +154,7 @@ def fuse(
     bake: bool | None = None,
     adapter: AdapterFile | None = None,
     allow_code: Iterable[str] = (),
+    assume_same_path: bool | None = None,
 ) -> Outcome:
     """Fuses a copy of `model` and proves it on `inputs`; `outcome.model` is that copy, None if it is wrong.
 
@@ -165,11 +166,16 @@ def fuse(
     qat       as fuse_modules_qat does: containers that are trained; verified in train mode too
     bake      layers whose weight is computed (weight_norm, a pruning mask) are made plain, then folded
     adapter   a LoRA adapter that is added first: its file, or {"file": ..., "scale": ...} as in a spec
+    assume_same_path  every input goes through the modules that ran, where others stand beside them to choose
+              from; None: as the spec says
 
     The outcome holds the same facts as the JSON report of `fusecli fuse`. A group that cannot be fused is in
     `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
     """
     read = _spec(spec, groups, discover=discover, target=target, shared=shared, qat=qat, bake=bake)
+    if assume_same_path is not None:
+        verify_as = read.verify.model_copy(update={"assume_same_path": assume_same_path})
+        read = read.model_copy(update={"verify": verify_as})
     model, ledger = _with_adapter(model, read, adapter)
     source = Source(as_checkpoint(model), lambda: duplicate(model))
     source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
@@ -233,7 +239,12 @@ def fuse(
         if verdict.judgement is not Judgement.DIFFERENT or not failed or not choice.may_drop(failed):
             break
         choice.drop(failed)  # nobody has asked for them
-    reports = reported(group_reports(fold, fused), checks)
+    verdict, reports = on_all_paths(
+        verdict,
+        reported(group_reports(fold, fused), checks),
+        fold.decisions,
+        assumed=source.vocabulary.same_path,
+    )
     verdict = replace(verdict, groups=reports)
     status, code = STATUS[verdict.judgement]
     custom = any(decision.custom for decision in fold.decisions)
@@ -252,6 +263,7 @@ def fuse(
             *facts.statistics_ledger(source.checkpoint, fold.members),
             *facts.own_ledger(needed(source.owns, fold.decisions)),
             *facts.caveat_ledger(fold.decisions, facts.seen(run)),
+            *facts.path_ledger(fold.decisions),
             *facts.bare_ledger(choice.bare),
             *new_biases(tree, rewrites),
             *lost,
@@ -275,21 +287,24 @@ def plan(
     target: Target = "inference",
     exclude: Iterable[str] = (),
     bake: bool = False,
+    assume_same_path: bool = False,
 ) -> Proposal:
     """What can be fused in `model`, as a run on `inputs` (as for `fuse`) shows it; it is not changed.
 
     target   "inference": norms are folded; "quant": a ReLU goes into a container too
     exclude  patterns of names that are left alone
     bake     layers whose weight is computed are made plain, then folded
+    assume_same_path  as for `fuse`
 
     Raises UsageError where the model does not run on the inputs.
     """
-    read = spec_from_mapping(
-        {"discover": True, "target": target, "exclude": list(exclude), "bake": bake}, where="fusecli.plan"
-    )
+    asked: dict[str, Any] = {"discover": True, "target": target, "exclude": list(exclude), "bake": bake}
+    asked["verify"] = {"assume_same_path": assume_same_path}
+    read = spec_from_mapping(asked, where="fusecli.plan")
     tree = ModuleTree(model)
     bind_groups(read, names_of(tree))  # there are none; an exclude that matches nothing is a slip
     source = Source(as_checkpoint(model), lambda: duplicate(model))
+    source.vocabulary = replace(source.vocabulary, same_path=assume_same_path)
     structure, run, choice = looked(
         read,
         source,
@@ -312,13 +327,14 @@ def verify(
     *,
     seed: int = 0,
     adapter: AdapterFile | None = None,
+    assume_same_path: bool = False,
 ) -> Verdict:
     """Whether `fused` computes what `original` does, on `inputs` (as for `fuse`), both in eval mode.
 
     A model that fusecli fused or loaded carries the names of its groups: each is judged by itself, and its
     weights against the fold of the original's. Of any other model only the outputs can be compared.
-    With an `adapter` (as for `fuse`) it is the original with that beside its layers.
-    Neither model is changed. Raises UsageError where `original` does not run on the inputs.
+    With an `adapter` (as for `fuse`) it is the original with that beside its layers; `assume_same_path` as
+    there. Neither model is changed. Raises UsageError where `original` does not run on the inputs.
     """
     sample = Sample.of(inputs)
     original, _ = _with_adapter(original, Spec(), adapter)
@@ -346,7 +362,9 @@ def verify(
         said = "; ".join(f"{' + '.join(one.group)}: {one.code}: {one.reason}" for one in refused)
         reason = f"the fused model's groups do not belong to the original: {said or no}"
         return Verdict(Judgement.DIFFERENT, seed=seed, reasons=(reason,))
-    return replace(verdict, groups=reported(group_reports(fold, fused), checks))
+    reports = reported(group_reports(fold, fused), checks)
+    verdict, reports = on_all_paths(verdict, reports, fold.decisions, assumed=assume_same_path)
+    return replace(verdict, groups=reports)
 
 
 def load_int8(path: str | Path, *, allow_pickle: bool = False) -> nn.Module:

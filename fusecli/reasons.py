@@ -74,6 +74,24 @@ _TOPOLOGY = (
         "Give sample inputs that run it ('inputs' in the spec), or leave it out of the spec.",
     ),
     Reason(
+        "other-path",
+        "Beside a member, in the same list or dict of modules, stand others that the inputs never ran, and a "
+        "part of the group lies outside of the one that ran.",
+        "Another input may go there. For heads[task](ln(x)) with the gain g of the norm folded into heads.a, "
+        "heads.b would be given x without g; for bns[k](conv(x)) with bns.0 folded into the convolution, "
+        "bns.1 would normalise what is normalised already.",
+        "Give sample inputs that together run all of them, or say --assume-same-path (verify: "
+        "{assume_same_path: true}) if the model is only ever run this way.",
+    ),
+    Reason(
+        "unseen",
+        "Ops ran that the recording does not show: in another thread, or in code that torch does not see.",
+        "Who runs there may read the tensor between two members as well as anybody. With s and t the scale "
+        "and shift of the norm, it would get s y + t instead of y, and no reader of y is on record.",
+        "Let forward do its work in the thread that calls it. What runs after the last of their results was "
+        "used is folded as ever.",
+    ),
+    Reason(
         "bn-axis",
         "At the recorded shapes the channels of the norm are not the output channels of the layer.",
         "BatchNorm1d takes axis 1 for the channels, Linear gives them on the last one: behind a Linear that "

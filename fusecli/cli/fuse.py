@@ -75,6 +75,7 @@ def fuse(
     seed: options.Seed = None,
     samples: options.Samples = None,
     strict: options.Strict = False,
+    assume_same_path: options.SamePath = False,
     report: options.Report = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -102,6 +103,7 @@ def fuse(
             no_rules=no_rules,
             allow_restructure=allow_restructure,
             remove_idle=remove_idle,
+            same_path=assume_same_path,
             qat=qat,
             eps=eps,
         )

@@ -147,6 +147,15 @@ Strict = Annotated[
         rich_help_panel=_PROOF,
     ),
 ]
+SamePath = Annotated[
+    bool,
+    typer.Option(
+        "--assume-same-path",
+        help="Believe that every input goes through the modules that ran, where others stand beside them to "
+        "choose from.",
+        rich_help_panel=_PROOF,
+    ),
+]
 Report = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(

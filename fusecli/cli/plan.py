@@ -58,6 +58,7 @@ def plan(
     allow_code: options.AllowCode = None,
     allow_pickle: options.AllowPickle = False,
     seed: options.Seed = None,
+    assume_same_path: options.SamePath = False,
     report: options.Report = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -90,6 +91,7 @@ def plan(
             no_rules=no_rules,
             allow_restructure=allow_restructure,
             remove_idle=remove_idle,
+            same_path=assume_same_path,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -29,6 +29,7 @@ def verify(
     seed: options.Seed = None,
     samples: options.Samples = None,
     strict: options.Strict = False,
+    assume_same_path: options.SamePath = False,
     report: options.Report = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -45,7 +46,13 @@ def verify(
 
         known = spec is not None or model is not None
         typed = {"threshold": options.lines(threshold)} if threshold is not None else None
-        parsed = spec_from_options(spec, model=model, inputs=inputs or (), quantize=typed) if known else None
+        parsed = (
+            spec_from_options(
+                spec, model=model, inputs=inputs or (), same_path=assume_same_path, quantize=typed
+            )
+            if known
+            else None
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from fusecli.consent import Consent

@@ -6,15 +6,14 @@ weights read by nobody else, the norm in inference mode, and the layer's channel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-from torch import nn
 
 from fusecli.engine.channels import same_channels
 from fusecli.engine.decisions import Group, Member, Vocabulary
 from fusecli.engine.inside import applied_as_is, layer_at_work, norm_at_work
+from fusecli.engine.siblings import Siblings
 from fusecli.equivalence.groups import Pass
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, Recording, described
@@ -126,19 +125,19 @@ class Audit:
         shown = not custom and applied_as_is(self.recording, first.path, firsts)
         visits = [visit for member in members for visit in self.recording.visits_of(member.path)]
         odd = not all(visit.plain and len(visit.takes) == len(visit.gives) == 1 for visit in visits)
-        norms = (caveat for norm in others[:1] for caveat in self._alternatives(norm))
-        caveats = (*self._caveats(passes), *norms)
-        return Found(passes, reached_by, caveats, shown, odd and not custom)
+        return Found(passes, reached_by, self._caveats(passes), shown, odd and not custom)
 
-    def _alternatives(self, norm: Member) -> Iterator[str]:
-        """Norms beside this one in a list that never ran: other inputs may choose one of them."""
-        parent = norm.path.rpartition(".")[0]
-        if norm.kind not in NORM_KINDS or not isinstance(self.tree[parent], nn.ModuleList | nn.ModuleDict):
-            return
-        for name in self.tree[parent]._modules:
-            other = f"{parent}.{name}" if parent else name
-            if self.member(other).kind in NORM_KINDS and not self.recording.visits_of(other):
-                yield f"{other} never ran: the fold is wrong for inputs that go there instead"
+    def unrun(self, members: Sequence[str]) -> tuple[str, ...]:
+        """The modules beside these that no input has run, though another one may."""
+        if not (found := self._siblings.beside(members)):
+            return ()
+        others = self.run.called_by_others
+        return Siblings(self.tree, {*self._siblings.called, *others}).beside(members) if others else found
+
+    @cached_property
+    def _siblings(self) -> Siblings:
+        recording = self.recording
+        return Siblings(self.tree, {visit.path for visit in recording.visits} | recording.elsewhere.keys())
 
     def _caveats(self, passes: Sequence[Pass]) -> tuple[str, ...]:
         """Where an axis has size 1, a view that moves channels to it looks like one that does not."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from fusecli.engine.decisions import Member
 from fusecli.engine.maps import Map
 from fusecli.engine.products import in_identity
 from fusecli.engine.routes import Routes
 from fusecli.errors import NotFoldable
 from fusecli.graph.dataflow import Call, Recording
-from fusecli.graph.kinds import LAYER_KINDS
+from fusecli.graph.kinds import LAYER_KINDS, is_identity
 from fusecli.graph.ops import SUMS
 from fusecli.graph.sites import Site
 
@@ -30,7 +28,7 @@ class Branch:
     @property
     def same(self) -> bool:
         """Whether it is the tensor itself, by way of an nn.Identity."""
-        return type(self.member.module) is nn.Identity
+        return is_identity(self.member.module)
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def _identity(routes: Routes, value: int) -> Member | None:
     call = recording.maker(value)
     path = "" if call is None else recording.inside(call)
     member = routes.audit.member(path) if path else None
-    if member is None or type(member.module) is not nn.Identity or len(recording.visits_of(path)) != 1:
+    if member is None or not is_identity(member.module) or len(recording.visits_of(path)) != 1:
         return None
     return member
 

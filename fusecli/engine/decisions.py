@@ -58,6 +58,7 @@ class Vocabulary:
     restructure  whether a layer may become one of another class, where only that is exact
     clone        whether a layer may be stored several times, where several norms want it
     mode         what is made: a folded model, or one that is trained with simulated quantization
+    same_path    whether every input goes through the modules that ran
     """
 
     fusers: tuple[CustomFuser, ...] = ()
@@ -66,6 +67,7 @@ class Vocabulary:
     restructure: bool = False
     clone: bool = False
     mode: Mode = "folded"
+    same_path: bool = False
 
     def kind(self, module: nn.Module) -> str:
         return kind_of(module, self.treat.get(type(module)))
@@ -94,6 +96,8 @@ class Decision:
     region    the part of the run that a group is which is no chain
     spared    members that were asked for and stay, with the reason
     caveats   what the recorded sizes could not show
+    leaving   the members that become an identity: they will give the memory that they take
+    unrun     modules beside the members that no input has run: the fold holds for inputs that do not either
     """
 
     group: Group
@@ -109,6 +113,8 @@ class Decision:
     region: Region | None = None
     spared: tuple[Refusal, ...] = ()
     caveats: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+    unrun: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,10 @@ def discover(
         offered = search.widened(offered, left, lambda found: _offered(tree, found, listed, vocabulary, run))
     for no in offered.refused:
         left[no.group[-1]] = _unfused(search.audit.member(no.group[-1]), no)
+        if no.code == "other-path":  # the norm may stand before the layers that it would go into
+            members = [search.audit.member(path) for path in no.group]
+            stay = [member for member in members if member.kind in (*NORM_KINDS, "batch_dependent")]
+            left |= {member.path: _unfused(member, no) for member in stay}
     fused = {path for decision in offered.decisions for path in decision.members}
     held = {
         path
@@ -94,10 +98,24 @@ def _offered(
     """The plan of `groups`: together with those that are listed, with which they may share a norm."""
     together = plan(tree, [*listed, *groups], vocabulary, run)
     ours = {group.modules for group in groups}
-    return Plan(
-        tuple(decision for decision in together.decisions if decision.group.modules in ours),
-        tuple(no for no in together.refused if no.group in ours),
+    found = [decision for decision in together.decisions if decision.group.modules in ours]
+    refused = [no for no in together.refused if no.group in ours]
+    if not vocabulary.same_path:
+        refused += [_on_one_path(decision) for decision in found if decision.unrun]
+        found = [decision for decision in found if not decision.unrun]
+    return Plan(tuple(found), tuple(refused))
+
+
+def _on_one_path(decision: Decision) -> Refusal:
+    """Why a fold is not offered that other inputs may need otherwise."""
+    more = f" and {len(decision.unrun) - 3} more" if len(decision.unrun) > 3 else ""
+    no = NotFoldable(
+        "other-path",
+        f"inputs that go to {', '.join(decision.unrun[:3])}{more} may need it as it is, and none did",
+        evidence=tuple(f"{path} did not run" for path in decision.unrun[:3]),
+        remedy="give inputs that run them, or say --assume-same-path if no input ever does",
     )
+    return refusal(decision.group, no, decision.rule)
 
 
 @dataclass
@@ -237,6 +255,7 @@ class _Search:
             return offered
         taken = {path for group in joined for path in group.modules}
         whole = planned([*(chain for chain in chains if not taken & set(chain.modules)), *joined])
+        pending = [no for no in whole.refused if no.code == "other-path"]
         if failed := {path for no in whole.refused for path in no.group}:
             # What does not hold together is left as the chains that it was made of.
             again = [decision.group for decision in whole.decisions]
@@ -247,7 +266,8 @@ class _Search:
             for decision in whole.decisions
             if decision.group in joined
         }
-        return replace(whole, refused=(*offered.refused, *whole.refused))
+        pending = [no for no in pending if no not in whole.refused]
+        return replace(whole, refused=(*offered.refused, *whole.refused, *pending))
 
     def _joined(self, chains: Sequence[Group], parts: Sequence[set[str]]) -> Iterator[Group]:
         """Parts that share modules, with each other or with chains, as one group in the order of the run."""

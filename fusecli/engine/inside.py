@@ -30,6 +30,7 @@ _TEACH = "teach it with extra_mappings (treat, or sequence and fuser) or leave i
 
 def untouched(recording: Recording, path: str) -> None:
     """Guard: forward writes to no tensor of the module, and nobody else reads one."""
+    require_seen(recording, path)
     written = sorted(f"{path}.{name}" for name in _VECTORS if f"{path}.{name}" in recording.written)
     require(
         not written,
@@ -54,6 +55,35 @@ def untouched(recording: Recording, path: str) -> None:
         remedy="leave the group out: the other reader would see folded values",
     )
     require(bool(recording.visits_of(path)), "not-executed", "it did not run on these inputs")
+
+
+def require_seen(recording: Recording, *paths: str) -> None:
+    """Guard: all that these modules do is in the recording, and whoever reads what is between them."""
+    first = {recording.first_name.get(path, path) for path in paths}
+    called = sorted(first & recording.elsewhere.keys())
+    visits = [visit for path in paths for visit in recording.visits_of(path)]
+    before = len(paths) > 1 and any(visit.calls.stop <= recording.unseen_until for visit in visits)
+    if not called and not before:
+        return
+    if called:
+        reason = f"{', '.join(called)} is called in another thread, where no op is recorded"
+        evidence = tuple(f"{path} is called in another thread" for path in called)
+    else:
+        reason = "ops ran that no recording shows, as in another thread, and may have read what is inside"
+        evidence = (
+            *(f"{path} is called in another thread" for path in sorted(recording.elsewhere)),
+            *(
+                f"a tensor that no op has made is read by {', '.join(described(recording, readers))}"
+                for value in sorted(recording.appeared)
+                if (readers := recording.readers(value))
+            ),
+        )
+    raise NotFoldable(
+        "unseen",
+        reason,
+        evidence=evidence[:3],
+        remedy="let forward do its work in the thread that calls it, or leave the group out",
+    )
 
 
 def layer_at_work(run: Run, member: Member, unbiased: Collection[str]) -> list[Site]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
@@ -11,10 +11,12 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from fusecli.engine.aliasing import Aliases
 from fusecli.engine.audit import Audit, Found
 from fusecli.engine.decisions import Decision, Group, Member, Modules, Plan, Vocabulary, refusal
 from fusecli.engine.fusers import opaque
 from fusecli.engine.idle import idle_decision, idle_modules
+from fusecli.engine.inside import require_seen
 from fusecli.engine.known import Known
 from fusecli.engine.purpose import require_same_purpose
 from fusecli.engine.steps import Wave
@@ -98,10 +100,14 @@ class _Planner:
             self._require_replaceable(member.path)
             if member.kind in FOLDABLE:
                 self.uses.require_single(member.path, member.module)
+        if self.audit is not None:
+            require_seen(self.audit.recording, *group.modules)
         if custom := self.vocabulary.fuser(modules):
             found = self._observed(group, members, custom=True)
             rewrite = opaque(custom, group.modules, self.vocabulary.mode)
-            decision = Decision(group, custom.name, rewrite, group.modules, custom=True)
+            decision = Decision(
+                group, custom.name, rewrite, group.modules, custom=True, leaving=group.modules[1:]
+            )
             return self._with(decision, found), found
         if self.vocabulary.mode == "qat":
             return self._chain(group, members)
@@ -188,7 +194,9 @@ class _Planner:
         self._follow(acting[len(taken) - 1 :], found)
         names = tuple(member.path for member in taken)
         kept = tuple(path for path in group.modules if path not in names)
-        decision = Decision(group, rule.name, _by_rule(rule, taken), names, kept, spared=spared)
+        decision = Decision(
+            group, rule.name, _by_rule(rule, taken), names, kept, spared=spared, leaving=names[1:]
+        )
         return self._with(decision, found), found
 
     def _does_nothing(self, member: Member) -> bool:
@@ -241,14 +249,18 @@ class _Planner:
                 reached[path] = reached.get(path, frozenset()) | turns
         decisions: list[Decision] = []
         refused: list[Refusal] = []
+        leaving = {path for decision, _ in decided for path in decision.leaving}
+        aliases = Aliases(self.audit.recording, leaving) if self.audit is not None else None
         for decision, found in decided:
             no = self._shared(decision, shares) or (self._missed(found, reached) if found else None)
+            no = no or (_overwritten(decision, aliases, leaving) if aliases is not None else None)
             if no is None:
                 decisions.append(decision)
             else:
                 refused.append(refusal(decision.group, no, decision.rule))
         if self.audit is not None:
             decisions.sort(key=lambda decision: self._start(decision))
+            decisions = [replace(d, unrun=self._unrun(d)) for d in decisions]
         return decisions, refused
 
     def _shared(self, decision: Decision, shares: Mapping[str, int]) -> NotFoldable | None:
@@ -270,9 +282,23 @@ class _Planner:
         missed = (self.audit.missed(path, reached[path]) for path in found.reached)
         return next((no for no in missed if no is not None), None)
 
+    def _unrun(self, decision: Decision) -> tuple[str, ...]:
+        assert self.audit is not None
+        return self.audit.unrun(decision.members) if decision.evidence is Evidence.OBSERVED else ()
+
     def _start(self, decision: Decision) -> int:
         assert self.audit is not None
         return self.audit.start(decision.members[0])
+
+
+def _overwritten(decision: Decision, aliases: Aliases, leaving: Collection[str]) -> NotFoldable | None:
+    """Why members cannot become identities: a write to what they take or give would be seen in the other."""
+    try:
+        for path in decision.leaving:
+            aliases.require_apart(path, leaving.__contains__)
+    except NotFoldable as no:
+        return no
+    return None
 
 
 def _by_rule(rule: Rule, members: Sequence[Member]) -> Callable[[Modules], Rewrite]:

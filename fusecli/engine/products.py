@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from torch import nn
-
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Member
 from fusecli.engine.routes import Routes
 from fusecli.errors import NotFoldable
 from fusecli.graph.dataflow import Call
-from fusecli.graph.kinds import LAYER_KINDS
+from fusecli.graph.kinds import LAYER_KINDS, is_identity
 from fusecli.graph.sites import Site
 
 
@@ -42,7 +40,7 @@ def rows(routes: Routes, sites_of: Callable[[Member], Sequence[Site]]) -> Iterat
 def in_identity(audit: Audit, call: Call) -> bool:
     """Whether an op is what an nn.Identity does: it gives what it takes."""
     path = audit.recording.inside(call)
-    return bool(path) and type(audit.member(path).module) is nn.Identity
+    return bool(path) and is_identity(audit.member(path).module)
 
 
 def _usable(routes: Routes, layer: Member, sites_of: Callable[[Member], Sequence[Site]]) -> bool:

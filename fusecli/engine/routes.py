@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fusecli.engine.aliasing import Aliases
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Member
 from fusecli.engine.maps import Map
@@ -20,7 +21,7 @@ from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, described
 from fusecli.graph.labels import CONFLICT, NOWHERE, along, labels_at
 from fusecli.graph.ops import MOVES, SELECTIONS
-from fusecli.graph.sites import Site, reads_through
+from fusecli.graph.sites import Site
 
 Seeds = dict[int, Tensor | None]
 
@@ -63,6 +64,8 @@ class Routes:
         for found in self.maps:
             for site in found.sites:
                 self._taking.setdefault(site.entry, []).append((found, site))
+        leaving = (found.path for found in self.maps if found.member.kind != "gain")
+        self._aliases = Aliases(self.recording, leaving)
 
     def giving(self, value: int | None) -> tuple[Map, Site] | None:
         """The map that gives `value`, and where."""
@@ -82,8 +85,8 @@ class Routes:
         return self._walked(found, self._down)
 
     def _walked(self, found: Map, walk: Callable[[Map, Site], list[_Reached]]) -> list[Way]:
-        for site in found.sites:
-            self._require_unwritten(found, site)
+        if found.member.kind != "gain":  # of a gain the module stays
+            self._aliases.require_apart(found.path, self.gone.__contains__)
         try:
             return self._merged([walk(found, site) for site in found.sites])
         except RecursionError:
@@ -100,19 +103,6 @@ class Routes:
             return False
         # bfloat16 ends where float32 does, but for its shorter mantissa.
         return all(2 * torch.finfo(b).max > torch.finfo(a).max for a in flowing for b in given)
-
-    def _require_unwritten(self, found: Map, site: Site) -> None:
-        """Guard: nobody writes to what the map takes; once it is gone, what it gives is that memory."""
-        if site.entry is None:
-            return
-        readers = (call for call, _ in reads_through(self.recording, site.entry))
-        writers = [call for call in readers if call.writes and call.number not in site.calls]
-        require(
-            not writers,
-            "multiple-consumers",
-            f"what {found.path} takes is written to in place, and would be what it gives",
-            evidence=described(self.recording, writers),
-        )
 
     def _up(self, found: Map, site: Site) -> list[_Reached]:
         require(site.entry is not None, "no-linear-producer", "nothing goes into it that is not normalised")

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fusecli.algebra import round_once
 from fusecli.engine.decisions import Modules
 from fusecli.equivalence.compare import TOLERANCE, compare
+from fusecli.equivalence.probe import worst_of
 from fusecli.equivalence.run import float64_arithmetic
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_exact
 from fusecli.graph.lift import channel_affine
-from fusecli.graph.materialise import probe_input, with_tensors
+from fusecli.graph.materialise import probe_inputs, with_tensors
 from fusecli.rewrite import Edit, Identity, KeyMap, ModuleTree, Passed, Rewrite, Zero, apply_rewrite, plant
 from fusecli.rules import Rule
 from fusecli.rules._member import Member, Route
@@ -139,8 +140,11 @@ def _scales(step: Step) -> bool:
     return step.rule.equation == "fold_output" and step.operands[0].kind in LAYER_KINDS
 
 
-def _behaviour(path: str, wave: Wave, tree: ModuleTree, shown: bool) -> tuple[Tensor, Tensor, str] | None:
-    """A random input for a member, what it should give for that, and the code if it does not."""
+Behaviour = tuple[Sequence[tuple[Tensor, Tensor]], str]
+
+
+def _behaviour(path: str, wave: Wave, tree: ModuleTree, shown: bool) -> Behaviour | None:
+    """Random inputs for a member, with what it should give for each, and the code if it does not."""
     for step in wave:
         for operand in step.operands:
             if operand.path != path or operand.kind not in FOLDABLE:
@@ -150,13 +154,13 @@ def _behaviour(path: str, wave: Wave, tree: ModuleTree, shown: bool) -> tuple[Te
             module, member = tree[path], operand.member(tree.modules)
             code = "not-affine" if operand.kind in NORM_KINDS else "not-linear-in-weight"
             with _probing(module, code):
-                x = probe_input(module, torch.Generator().manual_seed(0x5EED))
+                inputs = list(probe_inputs(module, 0x5EED))
                 if operand.kind in NORM_KINDS:
-                    return x, channel_affine(module)(x), code
+                    return [(x, channel_affine(module)(x)) for x in inputs], code
                 if step.rule.equation == "fold_output":
                     after = step.operands[1].member(tree.modules).affine
-                    return x, after(_run(module, x)), code
-                return x, member.op(x), code
+                    return [(x, after(_run(module, x))) for x in inputs], code
+                return [(x, member.op(x)) for x in inputs], code
     return None
 
 
@@ -177,9 +181,9 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
         return y
 
 
-def _require_equal(module: nn.Module, path: str, x: Tensor, meaning: Tensor, code: str) -> None:
+def _require_equal(module: nn.Module, path: str, meant: Sequence[tuple[Tensor, Tensor]], code: str) -> None:
     with _probing(module, code):
-        difference = compare(meaning, _run(module, x))
+        difference = worst_of([compare(meaning, _run(module, x)) for x, meaning in meant])
     require(
         difference.error <= TOLERANCE,
         code,

@@ -322,7 +322,18 @@ def wide(
         evidence=Evidence.OBSERVED,
         region=region,
         caveats=(SIZE_ONE,) if blind else (),
+        leaving=tuple(_leaving(step) for wave in waves for step in wave if _leaving(step)),
     )
+
+
+def _leaving(step: Step) -> str:
+    """The module that a step makes an identity of; "" for none."""
+    # Of a layer that is stored in the places of its norms, an identity stays where it was.
+    which = {"fold_output": 0 if step.rule.clones else 1, "fold_input": 0, "compose": 1}
+    if step.rule.equation not in which:
+        return ""
+    moving = step.operands[which[step.rule.equation]]
+    return "" if moving.kind == "gain" else moving.path
 
 
 # What says more about a map that stays than that nothing feeds it.

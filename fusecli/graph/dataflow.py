@@ -31,6 +31,7 @@ class Value:
     name      of the parameter, buffer or input that it is; "" for what the run made
     constant  whether it derives from what the model holds and from literals alone
     origins   names of the parameters and buffers that a constant derives from
+    storage   the number of the storage that it is in
     """
 
     number: int
@@ -40,6 +41,7 @@ class Value:
     name: str = ""
     constant: bool = False
     origins: frozenset[str] = frozenset()
+    storage: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Call:
     """One op call; `op` is None for what is no op: a reader outside of torch, an output, memory that is kept.
 
     visits   the module calls it ran in, outermost first
+    lends    whether it hands the memory to something outside of torch, to be read and written at any time
     """
 
     number: int
@@ -57,6 +60,7 @@ class Call:
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     visits: tuple[int, ...]
+    lends: bool = False
 
     @property
     def shapes(self) -> bool:
@@ -90,6 +94,16 @@ class Visit:
 
 
 @dataclass(frozen=True)
+class Touches:
+    """Who reads and who writes each storage, in the order of the run. `lasting`: those that were there before
+    the run, and so are read after it."""
+
+    reads: Mapping[int, list[Call]]
+    writes: Mapping[int, list[Call]]
+    lasting: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Recording:
     """One run.
 
@@ -97,6 +111,8 @@ class Recording:
     names       every name of a module by its first one
     written     parameters and buffers that forward wrote to
     aliases     names that are the same memory, as lists of parameters and buffers
+    appeared    values that no op of the run has made, nor anybody before it
+    elsewhere   modules that another thread has called, with the number of op calls when they returned
     """
 
     values: tuple[Value, ...]
@@ -106,6 +122,8 @@ class Recording:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
     aliases: tuple[frozenset[str], ...] = ()
+    appeared: frozenset[int] = frozenset()
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def first_name(self) -> dict[str, str]:
@@ -173,6 +191,29 @@ class Recording:
         return tuple(alive)
 
     @cached_property
+    def unseen_until(self) -> int:
+        """The op call up to which ops may have run that nobody has recorded; -1 if there were none.
+
+        What they read cannot be told: whatever was there until their results turned up.
+        """
+        seen = [self._readers[value][0].number for value in self.appeared if self._readers[value]]
+        return max((*seen, *self.elsewhere.values()), default=-1)
+
+    @cached_property
+    def touches(self) -> Touches:
+        reads: dict[int, list[Call]] = {}
+        writes: dict[int, list[Call]] = {}
+        for call in self.calls:
+            read = {self.values[value].storage for value in call.reads}
+            for storage in read if self.alive[call.number] else ():
+                reads.setdefault(storage, []).append(call)
+            made = {self.values[value].storage for value in call.makes}
+            for storage in read if call.lends else read & made if _writes(call) else ():
+                writes.setdefault(storage, []).append(call)
+        before = frozenset(value.storage for value in self.values if value.made_by is None)
+        return Touches(reads, writes, before)
+
+    @cached_property
     def asked(self) -> tuple[str, ...]:
         """Where forward has looked at numbers that flow: for others it may go another way."""
         looks = [
@@ -232,6 +273,10 @@ class Recording:
             return call.name
         place = self.inside(call)
         return f"{call.name} in {place}" if place else f"{call.name} in the model's forward"
+
+
+def _writes(call: Call) -> bool:
+    return call.writes or (call.op is None and bool(call.makes))
 
 
 def described(recording: Recording, calls: Iterable[Call]) -> tuple[str, ...]:

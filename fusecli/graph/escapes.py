@@ -15,6 +15,8 @@ _ESCAPES = {
         *("storage", "untyped_storage", "__deepcopy__", "__reduce_ex__"),
     )
 }
+# What is read there and then; through all others somebody may go on reading, and write.
+COPIES = frozenset({"Tensor.tolist", "Tensor.__deepcopy__", "Tensor.__reduce_ex__"})
 
 
 class Escapes(TorchFunctionMode):

@@ -51,6 +51,8 @@ def kind_of(module: nn.Module, treated_as: type | None = None) -> str:
     """fused, conv, conv_transpose, linear, norm, norm_with_activation, batch_dependent, relu, nothing or
     other; `treated_as` is the class whose kind the user wants for this one."""
     kind = _kind_of_class(treated_as or type(module))
+    if kind in ("nothing", "relu") and treated_as is None and is_patched(module):
+        return "other"  # no probe is made of those, their classes are believed
     if kind == "other" and treated_as is None and is_norm(module):
         kind = "norm"
     if kind == "norm" and any(child is not None for child in module._modules.values()):
@@ -74,8 +76,24 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_exact(module: nn.Module) -> bool:
-    """Whether its forward is known: the class's own, and not one that was put on the instance."""
-    return type(module) in EXACT and "forward" not in vars(module)
+    """Whether its forward is known: that of its class, of which nothing was put on the instance."""
+    return type(module) in EXACT and not is_patched(module)
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Whether it is an nn.Identity, and still gives what it takes."""
+    return type(module) is nn.Identity and not is_patched(module)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a method of its own stands before one of its class: `forward`, or any that it may call."""
+    cls: type = type(module)
+    return not _methods(cls).isdisjoint(vars(module))
+
+
+@cache
+def _methods(cls: type) -> frozenset[str]:
+    return frozenset(name for name in dir(cls) if callable(getattr(cls, name, None)))
 
 
 def norms(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

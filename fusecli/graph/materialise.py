@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,9 +83,34 @@ def probe_input(module: nn.Module, generator: torch.Generator) -> Tensor:
     """A random float64 input that `module`, the first of a group, accepts.
 
     [n, c, *spatial] for convolutions and norms, [n, c] for linear layers and BatchNorm1d. The spatial size is
-    odd and larger than the kernel, so that strides and one-sided padding show.
+    larger than the kernel, so that strides and one-sided padding show.
     """
     return torch.randn(_probe_shape(module), generator=generator, dtype=torch.float64)
+
+
+# A class may do something else where numbers are large, such as clamp at 50, or where they are small.
+_SCALES = (1.0, 1e3, 1e-3, 30.0)
+
+
+def probe_inputs(module: nn.Module, seed: int) -> Iterator[Tensor]:
+    """Several inputs as `probe_input` makes them: of other sizes, and of numbers of other sizes.
+
+    Every spatial axis is even and odd, alone and with the others, and leaves every remainder of a stride.
+    """
+    shape = _probe_shape(module)
+    rank, generator = len(shape) - 2, torch.Generator().manual_seed(seed)
+    mixed = [tuple(axis % 2 == odd for axis in range(rank)) for odd in (0, 1)] if rank > 1 else []
+    furthest = max(2, *getattr(module, "stride", ())) if hasattr(module, "in_channels") else 2
+    steps = [(more,) * rank for more in range(min(furthest, _REMAINDERS))]
+    shapes = [tuple(map(sum, zip(shape[2:], more, strict=True))) for more in (*steps, *mixed)]
+    for number in range(max(len(_SCALES), len(shapes))):
+        drawn = torch.randn(
+            *shape[:2], *shapes[number % len(shapes)], generator=generator, dtype=torch.float64
+        )
+        yield drawn * _SCALES[number % len(_SCALES)]
+
+
+_REMAINDERS = 8  # of a stride: a patch embedding of 32 x 32 takes what is larger anyway
 
 
 def _probe_shape(module: nn.Module) -> tuple[int, ...]:

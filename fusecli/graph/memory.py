@@ -17,12 +17,16 @@ Layout = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 @dataclass
 class Memory:
-    """One storage: the value of each view of it since the last write, and of views that are out of date."""
+    """One storage: the value of each view of it since the last write, and of views that are out of date.
+
+    writes  how often an op has written to it
+    """
 
     watch: Any
     latest: int
     current: dict[Layout, int] = field(default_factory=dict)
     stale: dict[Layout, int] = field(default_factory=dict)
+    writes: int = 0
 
 
 def key_of(tensor: Tensor) -> tuple[Any, Any]:

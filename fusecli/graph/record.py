@@ -7,7 +7,7 @@ on numbers needs real ones.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -32,12 +32,14 @@ class Run:
     numbers    makes a copy with real tensors, for a model that needs them
     fakes      whether fake tensors may be tried: not in a process that goes on to use the model, whose code
                may keep one
+    others     the further inputs that the proof will be run on
     """
 
     structure: nn.Module
     sample: Sample
     numbers: Callable[[], nn.Module]
     fakes: bool = True
+    others: Callable[[], Sequence[Sample]] = tuple
     _biased: dict[frozenset[str], Recording] = field(default_factory=dict, repr=False)
     _unbiased: dict[frozenset[Any], UsageError] = field(default_factory=dict, repr=False)
 
@@ -45,6 +47,20 @@ class Run:
     def recording(self) -> Recording:
         """Raises UsageError where the model does not run on the sample at all."""
         return self._recorded(())
+
+    @cached_property
+    def called_by_others(self) -> frozenset[str]:
+        """The modules that the further inputs call, by all their names. They are run for that, so it is
+        asked only where the recorded input leaves something open."""
+        called: set[str] = set()
+        for sample in self.others():
+            for dtype in (None, torch.float64):
+                try:
+                    called |= _called(self.numbers().to(dtype), sample.copy(dtype))
+                    break
+                except Exception:  # whatever somebody's forward may raise: the proof will tell it
+                    continue
+        return frozenset(called)
 
     def with_biases(self, layers: Collection[str]) -> Recording:
         """The same run with a zero bias on each of these layers: does anything read it?
@@ -127,7 +143,21 @@ class Run:
             # What autograd keeps for the output goes; what is inside an output of an unknown class stays.
             output = mapped(output, Tensor.detach)
             recorder.outlives(model)
+            output = None
         return recorder.recording(same_memory(self.structure))
+
+
+def _called(model: nn.Module, inputs: Sample) -> set[str]:
+    """The modules that one run calls, by all their names."""
+    called: set[str] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+    model.eval()
+    with seeded(0), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(*inputs.args, **inputs.kwargs)
+    return called
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ tensor alive; memory that is alive when the run is over is read by somebody.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
-from fusecli.graph.escapes import Escapes
+from fusecli.graph.escapes import COPIES, Escapes
+from fusecli.graph.kinds import is_identity
 from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of, shape_of
 from fusecli.graph.ops import MOVES
 from fusecli.sample import tensors_in
@@ -59,6 +61,7 @@ class Recorder(TorchDispatchMode):
         self._visits: list[Visit] = []
         self._stack: list[int] = []
         self._memory: dict[Any, Memory] = {}
+        self._storages: dict[Any, int] = {}
         # What an nn.Identity gave: its own value, as long as nothing is written to that memory.
         self._given_on: Any = WeakTensorKeyDictionary()
         self._names: dict[str, tuple[str, ...]] = {}
@@ -66,6 +69,11 @@ class Recorder(TorchDispatchMode):
         self._written: set[str] = set()
         self._given: set[Any] = set()
         self._returned: set[Any] = set()
+        # Dispatch modes belong to a thread: what runs in another one is not seen, but for its traces.
+        self._thread = threading.get_ident()
+        self._unmade: dict[Any, int] = {}
+        self._elsewhere: dict[str, int] = {}
+        self._looks: Any = WeakTensorKeyDictionary()
         self._escaped = False
         self.went_astray = False  # forward went on where fake tensors have no answer
         self.kept_outside = True  # tensors of the run are alive, and no module of the model has them
@@ -143,13 +151,17 @@ class Recorder(TorchDispatchMode):
             self._names,
             frozenset(self._written),
             aliases,
+            # What was there before the run is still there after it: a constant that somebody keeps.
+            frozenset(v for key, v in self._unmade.items() if expired(self._memory[key].watch)),
+            self._elsewhere,
         )
 
     def _escape(self, name: str, tensor: Tensor) -> None:
         """Something outside torch reads this tensor."""
         self._escaped = True
         self.went_astray |= self._fake
-        self._note(None, f"{name} in {self._place()}", (), {}, (self._memory_of(tensor)[1],), ())
+        value = self._memory_of(tensor)[1]
+        self._note(None, f"{name} in {self._place()}", (), {}, (value,), (), lends=name not in COPIES)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -221,6 +233,7 @@ class Recorder(TorchDispatchMode):
         memory.stale.update(memory.current)
         memory.current = {layout_of(tensor): value}
         memory.latest = value
+        memory.writes += 1
         self._written |= self._owners.get(key, set())
         return value
 
@@ -231,17 +244,46 @@ class Recorder(TorchDispatchMode):
         memory = self._memory.get(key)
         if memory is None:
             # Made where no op shows it, and no part of the model: data.
-            constant = bool(constant)
             origins = frozenset([name]) if name and constant else frozenset()
-            value = self._value(tensor, None, name, constant, origins)
+            value = self._value(tensor, None, name, bool(constant), origins)
             self._memory[key] = Memory(watch, value, {layout: value})
+            if constant is None:
+                self._unmade[key] = value
             return key, value
+        self._look(tensor, key, memory)
         own, latest = self._given_on.get(tensor, (None, None))
         if own is not None and latest == memory.latest:
             return key, own
         if layout not in memory.current:
             memory.current[layout] = self._seen_again(tensor, layout, memory)
         return key, memory.current[layout]
+
+    def _look(self, tensor: Tensor, key: Any, memory: Memory) -> None:
+        """Notes a write that no op shows: the tensor counts more than those that were recorded."""
+        if key in self._given:
+            return
+        try:
+            with torch._C.DisableTorchFunction():
+                version = tensor._version
+        except RuntimeError:  # an inference tensor does not count
+            return
+        known = self._looks.get(tensor)
+        if known == (version, memory.writes):
+            return
+        self._looks[tensor] = version, memory.writes
+        before, writes = known or (version, memory.writes)
+        if version - before > memory.writes - writes:
+            reads, number = (memory.latest,), len(self._calls)
+            value = self._overwrite(tensor, number, False, frozenset())
+            self._looks[tensor] = version, memory.writes
+            self._note(None, "a write that no op shows, as from another thread", (), {}, reads, (value,))
+
+    def _look_around(self) -> None:
+        """Looks at every tensor of the run that is alive: it may have been written to and never be read."""
+        for tensor in list(self._looks):
+            key = key_of(tensor)[0]
+            if key in self._memory:
+                self._look(tensor, key, self._memory[key])
 
     def _seen_again(self, tensor: Tensor, layout: Layout, memory: Memory) -> int:
         """The value of a view that was made without an op, or that a write to another view has changed."""
@@ -256,7 +298,10 @@ class Recorder(TorchDispatchMode):
         self, tensor: Tensor, made_by: int | None, name: str, constant: bool, origins: frozenset[str]
     ) -> int:
         number = len(self._values)
-        self._values.append(Value(number, shape_of(tensor), tensor.dtype, made_by, name, constant, origins))
+        storage = self._storages.setdefault(key_of(tensor)[0], len(self._storages))
+        self._values.append(
+            Value(number, shape_of(tensor), tensor.dtype, made_by, name, constant, origins, storage)
+        )
         return number
 
     def _note(
@@ -267,8 +312,10 @@ class Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any],
         reads: tuple[int, ...],
         makes: tuple[int, ...],
+        lends: bool = False,
     ) -> None:
-        self._calls.append(Call(len(self._calls), op, name, args, kwargs, reads, makes, tuple(self._stack)))
+        number, visits = len(self._calls), tuple(self._stack)
+        self._calls.append(Call(number, op, name, args, kwargs, reads, makes, visits, lends))
 
     def _given_by_identity(self, tensor: Tensor) -> Tensor:
         """The same numbers, but a value of its own: a branch that is an identity is told from its input."""
@@ -306,6 +353,9 @@ class Recorder(TorchDispatchMode):
         """Hooks around one module; those of the user run outside of them, as readers of what they watch."""
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if threading.get_ident() != self._thread:
+                return
+            self._look_around()
             takes = tuple(self._memory_of(tensor)[1] for tensor in tensors_in((args, kwargs)))
             number, begin = len(self._visits), len(self._calls)
             parent = self._stack[-1] if self._stack else None
@@ -315,9 +365,12 @@ class Recorder(TorchDispatchMode):
             self._visits.append(Visit(number, path, parent, plain, takes, (), range(begin, begin)))
 
         def leave(_: nn.Module, __: Any, output: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                self._elsewhere[path] = len(self._calls)
+                return None
             if not self._stack or self._visits[self._stack[-1]].path != path:
                 return None  # a pre-hook of the user has raised before this call began
-            if type(module) is nn.Identity and isinstance(output, Tensor) and not output.is_nested:
+            if is_identity(module) and isinstance(output, Tensor) and not output.is_nested:
                 output = self._given_by_identity(output)
             number = self._stack.pop()
             visit = self._visits[number]

@@ -178,12 +178,14 @@ def looked(
     asked: Sequence[Group],
     *,
     fakes: bool = True,
+    others: Callable[[], Sequence[Sample]] = tuple,
 ) -> tuple[nn.Module, Run, Choice]:
     """The model as it will be planned on, a run of it on `sample`, and the groups.
 
     structure  makes that model, with copies of what `source.owns` names and plain layers for `source.bakes`:
                this is where it is found out which modules need either
     numbers    makes the same, to be run
+    others     the further samples that the proof will have
     """
     model = structure()
     source.bakes = _bakes(spec, source, ModuleTree(model))
@@ -192,14 +194,14 @@ def looked(
     if spec.shared == "clone":
         source.owns = shared_roots(ModuleTree(model), source.vocabulary)
         if source.owns:
-            apart = Run(structure(), sample, numbers, fakes)
+            apart = Run(structure(), sample, numbers, fakes, others)
             tree, modules = ModuleTree(apart.structure), dict(apart.structure.named_modules())
             choice = chosen(spec, tree, modules, asked, apart, source.vocabulary)
             sound = plan(tree, choice.groups, source.vocabulary, apart).decisions
             alone = [*_alone(source, choice, apart), *(g.modules[0] for g in asked if len(g.modules) == 1)]
             source.owns = needed(source.owns, sound, alone)  # the others stay tied
             model = structure()
-    run = Run(model, sample, numbers, fakes)
+    run = Run(model, sample, numbers, fakes, others)
     modules = dict(model.named_modules())
     choice = chosen(spec, ModuleTree(model), modules, asked, run, source.vocabulary)
     choice.alone = _alone(source, choice, run)

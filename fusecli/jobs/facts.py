@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from math import prod
@@ -134,6 +134,27 @@ def caveat_ledger(decisions: Iterable[Decision], recording: Recording | None) ->
         *(LedgerEntry("assumed", place, what) for place in asked),
         *_caveats(decisions),
     ]
+
+
+def path_ledger(decisions: Iterable[Decision]) -> list[LedgerEntry]:
+    """Modules beside those of a group that no input has run."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for decision in decisions:
+        if decision.unrun:
+            groups.setdefault(decision.unrun, []).append(" + ".join(decision.members))
+    return [
+        LedgerEntry(
+            "assumed",
+            named(paths),
+            f"no input ran it: the fold of {named(folded)} holds for inputs that do not",
+        )
+        for paths, folded in groups.items()
+    ]
+
+
+def named(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _caveats(decisions: Iterable[Decision]) -> list[LedgerEntry]:

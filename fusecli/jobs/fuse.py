@@ -44,7 +44,7 @@ from fusecli.jobs.source import (
     source_of,
 )
 from fusecli.jobs.trained import may_be_trained, read_trained, require_folding, trained_groups
-from fusecli.jobs.verdicts import STATUS, failures, judged, recorded, strictly
+from fusecli.jobs.verdicts import STATUS, failures, judged, on_all_paths, recorded, strictly
 from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused, Verdict
 from fusecli.rewrite import MANIFEST_KEY, Manifest, ModuleTree
 from fusecli.sample import Sample
@@ -198,6 +198,7 @@ class _Job:
                 self.source.runnable,
                 self._sample(),
                 asked,
+                others=self._others,
             )
         while True:
             self.run_seen = run
@@ -272,6 +273,12 @@ class _Job:
         seed = self.request.seed if self.request.seed is not None else self.spec.verify.seed
         return samples_of(self.spec, seed, 1)[0]
 
+    def _others(self) -> Sequence[Sample]:
+        """The samples of the proof but for the first."""
+        seed = self.request.seed if self.request.seed is not None else self.spec.verify.seed
+        count = self.request.samples if self.request.samples is not None else self.spec.verify.samples
+        return samples_of(self.spec, seed, count)[1:]
+
     def _shortfall(self, fold: Fold, choice: Choice) -> list[str]:
         unfused = choice.unfused(fold.decisions) + self._beyond(choice)
         folded = len({path for decision in fold.decisions for path in decision.members} & set(choice.norms))
@@ -316,6 +323,7 @@ class _Job:
             ledger += facts.tie_ledger(checkpoint, fold.layout.keys())
             ledger += facts.own_ledger(needed(self.source.owns, fold.decisions))
             ledger += facts.caveat_ledger(fold.decisions, facts.seen(self.run_seen))
+            ledger += facts.path_ledger(fold.decisions)
             ledger += facts.bare_ledger(choice.bare)
             after = self._after(fold)
             ledger += apply_to_skeleton(fold)
@@ -330,12 +338,19 @@ class _Job:
             )
             with open_checkpoint(stage.path) as artifact:
                 verdict, checks = self._judge(fold, artifact)
-                outcome = self._judged(outcome, verdict, checks)
+                outcome = self._judged(outcome, fold, verdict, checks)
                 outcome = replace(outcome, output=facts.output_facts(self.target, artifact))
             return self._finish(outcome, stage, choice), checks
 
-    def _judged(self, outcome: Outcome, verdict: Verdict, checks: Sequence[GroupCheck]) -> Outcome:
-        groups = reported(outcome.groups, checks)
+    def _judged(
+        self, outcome: Outcome, fold: Fold, verdict: Verdict, checks: Sequence[GroupCheck]
+    ) -> Outcome:
+        verdict, groups = on_all_paths(
+            verdict,
+            reported(outcome.groups, checks),
+            fold.decisions,
+            assumed=self.source.vocabulary.same_path,
+        )
         verdict = strictly(replace(verdict, groups=groups), outcome, self.request.strict)
         status, code = STATUS[verdict.judgement]
         return replace(outcome, groups=groups, verification=verdict, status=status, exit_code=code)

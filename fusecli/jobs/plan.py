@@ -73,7 +73,15 @@ def plan_file(
         tick("recording one forward")
         seed = request.seed if request.seed is not None else spec.verify.seed
         sample = samples_of(spec, seed, 1)[0]
-        skeleton, run, choice = looked(spec, source, source.skeleton, source.runnable, sample, ())
+        skeleton, run, choice = looked(
+            spec,
+            source,
+            source.skeleton,
+            source.runnable,
+            sample,
+            (),
+            others=lambda: samples_of(spec, seed, spec.verify.samples)[1:],
+        )
         names = [path for path in ModuleTree(skeleton).modules if path]
         bind_groups(spec, names)  # there are none; an exclude that matches nothing is a slip
         check_around(request.around or (), names)
@@ -93,6 +101,7 @@ def plan_file(
             ExitCode.OK if fold.decisions else ExitCode.NOTHING,
             groups=tuple(group_reports(fold, skeleton)),
             unfused=unfused,
+            ledger=tuple(facts.path_ledger(fold.decisions)),
             input=facts.input_facts(source.checkpoint),
             environment=facts.environment(),
             recording=recorded(run),

@@ -202,7 +202,13 @@ def vocabulary_of(spec: Spec, consent: Consent) -> Vocabulary:
                 extra.as_ or "", consent, folder
             )
     return Vocabulary(
-        tuple(fusers), treat, _chosen_rules(spec), spec.allow_restructure, spec.shared == "clone", spec.mode
+        tuple(fusers),
+        treat,
+        _chosen_rules(spec),
+        spec.allow_restructure,
+        spec.shared == "clone",
+        spec.mode,
+        spec.verify.assume_same_path,
     )
 
 

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent
+from fusecli.engine import Decision
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode
 from fusecli.graph.record import Run
+from fusecli.jobs.facts import named
 from fusecli.jobs.fold import Fold
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.proof import Proof, Tick, prove_alone, prove_with_model
-from fusecli.outcome import Evidence, Judgement, Outcome, Refusal, Verdict
+from fusecli.outcome import Evidence, GroupReport, Judgement, Outcome, Refusal, Verdict
 from fusecli.spec import Spec
 
 STATUS = {
@@ -55,6 +57,43 @@ def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:
     if not doubts:
         return verdict
     return replace(verdict, judgement=Judgement.INCONCLUSIVE, reasons=(*verdict.reasons, *doubts))
+
+
+def on_all_paths(
+    verdict: Verdict, reports: Sequence[GroupReport], decisions: Sequence[Decision], *, assumed: bool
+) -> tuple[Verdict, tuple[GroupReport, ...]]:
+    """A right fold is inconclusive where modules beside it were never run, which may need what it takes away;
+    unless it is `assumed` that no input goes there."""
+    open_ones = [bool(decision.unrun) for decision in decisions]
+    if not any(open_ones):
+        return verdict, tuple(reports)
+    result = Judgement.EQUIVALENT if assumed else Judgement.INCONCLUSIVE
+    said = f"{sum(open_ones)} of {len(decisions)} groups hold for inputs that go through the modules that ran"
+    doubts = [
+        f"{' + '.join(decision.members)}: no input ran {named(decision.unrun)} beside it; give inputs that "
+        "do, or say --assume-same-path"
+        for decision in decisions
+        if decision.unrun
+    ]
+    ends = {verdict.judgement, result}
+    worst = next(
+        (j for j in (Judgement.DIFFERENT, Judgement.INCONCLUSIVE) if j in ends), Judgement.EQUIVALENT
+    )
+    verdict = replace(
+        verdict,
+        judgement=worst,
+        checks={**verdict.checks, "paths": said},
+        check_results={**verdict.check_results, "paths": result},
+        reasons=verdict.reasons if assumed else (*verdict.reasons, *doubts),
+    )
+    doubted = str(Judgement.INCONCLUSIVE)
+    marked = (
+        replace(report, status=doubted)
+        if open_one and not assumed and report.status == str(Judgement.EQUIVALENT)
+        else report
+        for report, open_one in zip(reports, open_ones, strict=True)
+    )
+    return verdict, tuple(marked)
 
 
 def failures(fold: Fold, checks: Sequence[GroupCheck]) -> list[Refusal]:

@@ -26,7 +26,7 @@ from fusecli.jobs.int8_facts import facts_of
 from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, dressed, planted, source_of
 from fusecli.jobs.trained import read_as, read_trained
-from fusecli.jobs.verdicts import judged, recorded, strictly
+from fusecli.jobs.verdicts import judged, on_all_paths, recorded, strictly
 from fusecli.jobs.verify_int8 import Int8Request, verify_int8
 from fusecli.outcome import Judgement, LedgerEntry, Outcome
 from fusecli.rewrite import (
@@ -229,9 +229,15 @@ def _verify(
         *source.ledger,
         *facts.own_ledger(source.owns),
         *apply_to_skeleton(fold),
+        *facts.path_ledger(fold.decisions),
         *_mismatches(source, manifest),
     ]
-    reports = reported(group_reports(fold, fold.skeleton), checks)
+    verdict, reports = on_all_paths(
+        verdict,
+        reported(group_reports(fold, fold.skeleton), checks),
+        fold.decisions,
+        assumed=source.vocabulary.same_path,
+    )
     outcome = replace(
         outcome,
         groups=reports,
@@ -253,7 +259,10 @@ def _run(request: VerifyRequest, source: Source, skeleton: nn.Module) -> Run | N
     if source.build is None or request.spec is None:
         return None
     seed = request.seed if request.seed is not None else request.spec.verify.seed
-    return Run(skeleton, samples_of(request.spec, seed, 1)[0], source.runnable)
+    spec = request.spec
+    count = request.samples if request.samples is not None else spec.verify.samples
+    first = samples_of(spec, seed, 1)[0]
+    return Run(skeleton, first, source.runnable, others=lambda: samples_of(spec, seed, count)[1:])
 
 
 def _unlike(fold: Fold, manifest: Manifest) -> Iterator[str]:

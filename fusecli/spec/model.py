@@ -46,10 +46,14 @@ def _torch_takes_it(seed: int) -> int:
 
 
 class Verify(Part):
-    """How many random samples the outputs are compared on, and the seed they are drawn with."""
+    """How many random samples the outputs are compared on, and the seed they are drawn with.
+
+    assume_same_path  believe that every input goes through the modules that ran, where others stand beside
+    """
 
     seed: Annotated[int, BeforeValidator(read_int), AfterValidator(_torch_takes_it)] = 0
     samples: Count = 4
+    assume_same_path: Flag = False
 
 
 class Output(Part):

@@ -34,6 +34,7 @@ def spec_from_options(
     no_rules: str | None = None,
     allow_restructure: bool = False,
     remove_idle: bool = False,
+    same_path: bool = False,
     qat: bool | None = None,
     eps: float | None = None,
     quantize: Mapping[str, Any] | None = None,
@@ -74,6 +75,8 @@ def spec_from_options(
         typed["shared"] = shared
     if exclude:
         typed["exclude"] = list(exclude)
+    if same_path:
+        typed["verify"] = {"assume_same_path": True}
     if quantize:
         typed["quantize"] = dict(quantize)
     given = spec_from_mapping(typed, where="the command line")
@@ -81,6 +84,8 @@ def spec_from_options(
         return given
     read = read_spec(path)
     update = {name: getattr(given, name) for name in typed}
+    if same_path:
+        update["verify"] = read.verify.model_copy(update={"assume_same_path": True})
     if quantize:
         # Each by itself: a threshold that is typed leaves the spec's calibration as it is.
         chosen = {name: getattr(given.quantize, name) for name in quantize}

@@ -358,15 +358,6 @@ def test_a_tensor_of_the_norm_that_the_model_reads() -> None:
     assert codes(net(wiring, conv=conv(), bn=bn())) == ["shared-weight"]
 
 
-def test_norms_beside_it_that_never_ran_are_said() -> None:
-    model = net(lambda m, x: m.bns[0](m.conv(x)), conv=conv(), bns=nn.ModuleList([bn(), bn()]))
-    found = outcome(model, X, ["conv", "bns.0"])
-    assert found.status == "fused"
-    assert [entry.what for entry in found.ledger if entry.kind == "assumed"] == [
-        "bns.1 never ran: the fold is wrong for inputs that go there instead"
-    ]
-
-
 def test_nested_tensors_beside_the_group() -> None:
     def wiring(m: Any, x: Tensor) -> Tensor:
         y = m.bn(m.conv(x))

@@ -131,3 +131,111 @@ def test_treat_makes_no_container(treat: tuple[str, str]) -> None:
     spec = {"groups": [["conv", "bn", "act"]], "extra_mappings": [mapping]}
     outcome = fuse(net, X, spec=spec, allow_code=["tests"])
     assert (outcome.exit_code, outcome.refused[0].code) == (4, "no-container")
+
+
+class ClampingNorm(nn.BatchNorm2d):
+    """What of its input is beyond 50 is cut: no standard normal number is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.clamp(-50, 50))
+
+
+class ClampingConv2d(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).clamp(-50, 50)
+
+
+class ShrinkingNorm(nn.BatchNorm2d):
+    """What is nearly nothing becomes nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return torch.where(x.abs() < 1e-4, torch.zeros_like(y), y)
+
+
+class OddPadConv2d(nn.Conv2d):
+    """Pads with ones behind what is odd in one direction, so a shift behind it does not reach them."""
+
+    def __init__(self, *args: int, axis: int, odd: int, **kwargs: int) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.axis, self.odd = axis, odd
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y.abs() if x.shape[self.axis] % 2 == self.odd else y
+
+
+def probed(conv: nn.Module, norm: nn.Module | None = None) -> None:
+    fuse_modules(nets.chain(conv=conv, bn=norm or nn.BatchNorm2d(6)), PAIR)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (2, 2), (3, 1), (3, 2), (4, 4)])
+def test_every_axis_is_even_and_odd(kernel: int, stride: int, odd: int, axis: int) -> None:
+    with pytest.raises(RefusedError, match="OddPadConv2d computes something else"):
+        probed(OddPadConv2d(3, 6, kernel, stride=stride, axis=axis, odd=odd))
+
+
+def test_numbers_of_every_size() -> None:
+    layer = nn.Conv2d(3, 6, 3, bias=False)  # so that what it gives may be small
+    for odd in (ClampingNorm(6), ShrinkingNorm(6)):
+        with pytest.raises(RefusedError, match=f"{type(odd).__name__} computes something else"):
+            probed(layer, odd)
+    with pytest.raises(RefusedError, match="ClampingConv2d computes something else"):
+        probed(ClampingConv2d(3, 6, 3))
+
+
+def test_a_norm_that_clamps_in_front_of_a_layer() -> None:
+    """No chain: there each member is probed by itself."""
+    net = wired(lambda m, x: m.conv(m.bn(torch.relu(x))), bn=ClampingNorm(3), conv=nn.Conv2d(3, 6, 3))
+    assert [no.code for no in fuse(net, X, groups=["bn", "conv"]).refused] == ["not-affine"]
+
+
+def test_a_norm_that_is_nan_for_large_numbers_is_proven_on_the_others() -> None:
+    class Overflowing(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y + (y - y) * (x.abs() * 1e306)  # inf - inf where numbers are large
+
+    probed(nn.Conv2d(3, 6, 3), Overflowing(6))
+
+
+def clamped(self: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> Any:
+    return nn.Conv2d._conv_forward(self, x, weight, bias).clamp(-1, 1)
+
+
+def test_any_method_on_the_instance_makes_it_a_stranger() -> None:
+    conv = nn.Conv2d(3, 6, 3)
+    conv._conv_forward = lambda x, weight, bias: clamped(conv, x, weight, bias)
+    with pytest.raises(RefusedError, match="a float64 probe disproves the fold: Conv2d"):
+        probed(conv)
+    norm = nn.BatchNorm2d(6)
+    norm._check_input_dim = lambda x: x.clamp_(-1, 1)
+    with pytest.raises(RefusedError, match="a float64 probe disproves the fold: BatchNorm2d"):
+        probed(nn.Conv2d(3, 6, 3), norm)
+
+
+def test_a_method_on_the_instance_that_does_the_same_is_proven() -> None:
+    harmless = nn.Conv2d(3, 6, 3)
+    harmless._conv_forward = lambda x, w, b: nn.functional.conv2d(x, w, b)
+    probed(harmless)
+
+
+@pytest.mark.parametrize("cls", [nn.Dropout, nn.Identity, nn.ReLU])
+def test_what_does_nothing_by_its_class_may_be_made_to_do_something(cls: type[nn.Module]) -> None:
+    module = cls()
+    module.forward = lambda x: x * 2 + 1
+    chain = nets.chain(conv=nn.Conv2d(3, 6, 3), between=module, bn=nn.BatchNorm2d(6))
+    with pytest.raises(RefusedError, match="no rule"):
+        fuse_modules(chain, ["conv", "between", "bn"])
+    behind = nets.chain(conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6), act=module)
+    fused = fuse_modules(behind, ["conv", "bn", "act"])
+    torch.testing.assert_close(fused(X), behind(X), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pooling_that_was_made_to_do_something_is_not_idle() -> None:
+    pool = nn.AvgPool2d(1)
+    pool.forward = lambda x: x + 1  # type: ignore[method-assign]
+    net = wired(lambda m, x: torch.relu(m.pool(x)), pool=pool)
+    assert fuse(net, X, spec={"remove_idle": True}).status == "nothing to fuse"
