@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusecli import rewrite
+from fusecli.blame import code_failed
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
@@ -209,7 +210,8 @@ def _with_fuser(edit: Edit, model: nn.Module, consent: Consent, folder: Path | N
     try:
         result = fuser(mode == "qat", *(model.get_submodule(path) for path in edit.members))
     except Exception as error:  # whatever somebody's fuser may raise, and members that are not there
-        raise UsageError(Problem(f"raised {type(error).__name__}: {error}", f"fuser {edit.fuser}")) from error
+        fix = "load it with the fuser it was made with"
+        raise UsageError(code_failed(error, "it", f"fuser {edit.fuser}", fix)) from error
     if not isinstance(result, nn.Module):
         message = f"returned a {type(result).__name__}, not an nn.Module"
         raise UsageError(Problem(message, f"fuser {edit.fuser}"))

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from fusecli.blame import described_with_place
 from fusecli.errors import Problem, UnsafeError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -151,7 +152,7 @@ def _importing(work: Callable[[], Any], reference: str) -> Any:
     except Exception as error:  # whatever somebody's module does while it is imported
         raise UsageError(
             Problem(
-                f"importing it failed: {type(error).__name__}: {error}",
+                f"importing it failed: {described_with_place(error)}",
                 reference,
                 "check that it imports in this Python environment",
             )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusecli.blame import forward_failed
 from fusecli.errors import Problem, UsageError
 from fusecli.int8.torchao import quiet
 from fusecli.jobs.fuse import protected as read_by_fuse
@@ -134,10 +135,8 @@ def require_running(model: Callable[..., Any], given: Batches) -> None:
             with quiet():
                 outputs(model, sample)
         except Exception as error:  # whatever somebody's forward may raise
-            said = next(iter(str(error).splitlines()), "")
-            what = f"the model does not run on these inputs: {type(error).__name__}: {said}"
             fix = "give sizes and dtypes that it takes, in calibrate and inputs alike, batch by batch"
-            raise UsageError(Problem(what, given.where, fix)) from None
+            raise UsageError(forward_failed(error, given.where, fix)) from None
 
 
 def require_scores(model: Callable[..., Any], given: Batches) -> None:

@@ -82,6 +82,9 @@ def names(group: GroupReport) -> str:
 def grounds(outcome: Outcome) -> Iterator[tuple[str, str]]:
     """(label, sentence) pairs under the headline: what the verdict rests on, and what it does not."""
     yield from (("problem", problem) for problem in outcome.problems)
+    # The ledger says so too, far above: whoever reads only the verdict has to know which file it is about.
+    other = [entry for entry in outcome.ledger if entry.kind == "input" and not outcome.problems]
+    yield from (("input", f"{entry.where} {entry.what}") for entry in other)
     if outcome.recording:
         yield "recorded", outcome.recording
     if outcome.verification is not None:
