@@ -85,7 +85,7 @@ def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: Non
     fmt, target = _target(request, spec)
     check_target(target, request.checkpoint, request.force or request.dry_run, protected(spec))
     tick("opening the checkpoint")
-    with _opened(request, spec) as checkpoint:
+    with _opened(request, spec, consent) as checkpoint:
         outcome = Outcome("fuse", "refused", ExitCode.REFUSED, spec=facts.spec_facts(spec))
         manifest = manifest_of(checkpoint) if MANIFEST_KEY in checkpoint.metadata else None
         if manifest is not None and manifest.mode == "folded":
@@ -109,8 +109,10 @@ def _require_work(spec: Spec, source: Source) -> None:
         raise UsageError(Problem("nothing says what to fuse", str(source.checkpoint.path), fix))
 
 
-def _opened(request: FuseRequest, spec: Spec) -> Checkpoint:
-    consented = partial(open_checkpoint, request.checkpoint, allow_pickle=request.allow_pickle)
+def _opened(request: FuseRequest, spec: Spec, consent: Consent) -> Checkpoint:
+    consented = partial(
+        open_checkpoint, request.checkpoint, allow_pickle=request.allow_pickle, consent=consent
+    )
     try:
         return consented(key=spec.checkpoint.key, strip_prefix=spec.checkpoint.strip_prefix)
     except UsageError:

@@ -65,6 +65,7 @@ def plan_file(
         allow_pickle=request.allow_pickle,
         key=spec.checkpoint.key,
         strip_prefix=spec.checkpoint.strip_prefix,
+        consent=consent,
     ) as checkpoint:
         source = source_of(checkpoint, spec, consent)
         if source.build is None:

@@ -75,7 +75,7 @@ def verify_file(
         return verify_int8(again, consent, tick)
     with open_checkpoint(request.fused) as artifact:
         manifest = _manifest(request, artifact)
-        with _original(request, manifest) as checkpoint:
+        with _original(request, manifest, consent) as checkpoint:
             source, skeleton, groups = _structure(checkpoint, spec, manifest, consent, artifact)
             return _verify(request, spec, source, skeleton, groups, manifest, artifact, consent, tick)
 
@@ -89,13 +89,14 @@ def _manifest(request: VerifyRequest, artifact: Checkpoint) -> Manifest:
         raise
 
 
-def _original(request: VerifyRequest, manifest: Manifest) -> Checkpoint:
+def _original(request: VerifyRequest, manifest: Manifest, consent: Consent) -> Checkpoint:
     try:
         checkpoint = open_checkpoint(
             request.checkpoint,
             allow_pickle=request.allow_pickle,
             key=manifest.key or None,
             strip_prefix=manifest.strip_prefix,
+            consent=consent,
         )
     except UsageError:
         if artifact_at(request.checkpoint) is not None:
