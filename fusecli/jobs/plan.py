@@ -30,6 +30,7 @@ from fusecli.picture import Picture
 from fusecli.plain import visible
 from fusecli.rewrite import ModuleTree
 from fusecli.spec import Spec
+from fusecli.spec.inputs import is_mapping
 from fusecli.spec.wildcards import bind_groups
 
 _NUMBERLIKE = re.compile(r"[-+]?\.?\d")
@@ -195,8 +196,8 @@ def _paths(taken: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
         yield taken["adapter"], "file"
     waiting = list(taken.get("inputs", ()))
     for entry in waiting:
-        if isinstance(entry, list):
-            waiting += entry
+        if isinstance(entry, list) or is_mapping(entry):
+            waiting += entry if isinstance(entry, list) else entry.values()
         elif entry.get("file"):
             yield entry, "file"
 
