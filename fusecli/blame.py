@@ -28,19 +28,26 @@ _RAISES = dis.opmap["RAISE_VARARGS"]  # an assert is one, too
 _OF_THE_CODE = (NameError, ImportError, SyntaxError, ZeroDivisionError, RecursionError, OSError)
 # What torch and other libraries raise about sizes, dtypes and values.
 _OF_VALUES = (RuntimeError, ValueError, IndexError, AssertionError)
-_OF_DEVICES = ("CUDA", "NVIDIA", "on the same device", "cuda:")
+_OF_DEVICES = ("CUDA", "NVIDIA", "on the same device", "expected device", "cuda:")
+_OF_GRADIENTS = ("does not require grad", "does not have a grad_fn")
 _GIVEN = {"Tensor", "tuple", "list", "dict"}  # what the arguments of a forward are
 _CALLS = str(Path("nn", "modules", "module.py"))
+_MODULE = ("torch.nn.modules.module", "Module")
 _MOST = 500  # characters of a message: some quote a whole tensor
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """One line of a traceback; `raises`: it is a raise itself."""
+    """One line of a traceback.
+
+    raises       it is a raise itself
+    of_a_module  it stands in a method of an nn.Module, or in a function that is given one first, as hooks are
+    """
 
     file: str
     line: int
     raises: bool
+    of_a_module: bool
 
     @property
     def place(self) -> str:
@@ -73,6 +80,9 @@ def forward_failed(error: BaseException, where: str = "inputs", fix: str = _INPU
     if any(word in str(error) for word in _OF_DEVICES):
         mend = "fusecli runs models on the CPU: let forward use the device of what it is given"
         return Problem(f"the model does not run on the CPU: {said}", own.place, mend)
+    if any(word in str(error) for word in _OF_GRADIENTS):
+        mend = "forward is run without gradients, as at inference: take what needs them out of it"
+        return Problem(f"the model does not run without gradients: {said}", own.place, mend)
     by_hand = own is frames[-1] and own.raises
     if _of_the_code(error, by_hand):
         mend = "this is in the model's code, whatever its inputs are: mend it there"
@@ -93,8 +103,21 @@ def code_failed(error: BaseException, what: str, where: str, fix: str) -> Proble
     said = f"{what} raised {described_with_place(error)}"
     if own is None:
         return Problem(said, where, fix)
+    if any(word in str(error) for word in _OF_DEVICES):
+        return Problem(said, where, "fusecli builds models on the CPU: take the device out of that code")
     mend = "mend it there" if _of_the_code(error, by_hand=False) else f"{fix}, or mend it there"
     return Problem(said, where, mend)
+
+
+def model_failed(error: BaseException) -> Problem | None:
+    """The problem that a method of a model, or a hook on one, has raised `error` where no forward was run;
+    None where it was none of them: then it is a bug of ours."""
+    frames = _frames(error.__traceback__)
+    ours = [frame for frame in frames if frame.file.startswith(_PACKAGE) or not frame.nobodys]
+    if not ours or ours[-1].nobodys or not ours[-1].of_a_module:
+        return None
+    fix = "this is in the model's code: mend it there, or build the model without it"
+    return Problem(f"the model's code raises {described(error)}", ours[-1].place, fix)
 
 
 def described(error: BaseException) -> str:
@@ -126,9 +149,11 @@ def _of_an_op(error: BaseException, last: _Frame) -> bool:
 def _frames(trace: TracebackType | None) -> list[_Frame]:
     found = []
     while trace is not None:
-        code, at = trace.tb_frame.f_code, trace.tb_lasti
+        frame, code, at = trace.tb_frame, trace.tb_frame.f_code, trace.tb_lasti
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        kinds = {(kind.__module__, kind.__name__) for kind in type(first).__mro__}
         raises = 0 <= at < len(code.co_code) and code.co_code[at] == _RAISES
-        found.append(_Frame(code.co_filename, trace.tb_lineno, raises))
+        found.append(_Frame(code.co_filename, trace.tb_lineno, raises, _MODULE in kinds))
         trace = trace.tb_next
     return found
 

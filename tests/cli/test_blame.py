@@ -413,3 +413,98 @@ def test_code_of_a_whole_module_that_cannot_be_imported(cli, whole):
     ended = cli("fuse", "whole.pt", *RUN, "--allow-code", "net.py")
     assert ended.code == 2
     assert "importing it failed: NameError: name 'Nett' is not defined (at net.py:" in ended.err
+
+
+# --- what is neither
+
+
+METHODS = {
+    "eval": "def eval(self): raise ValueError('mine')",
+    "train": "def train(self, mode=True): raise ValueError('mine')",
+    "a copy": "def __deepcopy__(self, memo): raise ValueError('mine')",
+    "names": "def named_modules(self, *_, **__): raise ValueError('mine')",
+    "a dtype": "def double(self): raise ValueError('mine')",
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_method_of_the_model_that_raises_is_no_bug_of_fusecli(cli, project, method):
+    folder = project(NET)
+    edit(folder / "net.py", ("build = Net", f"class Other(Net):\n    {method}\nbuild = Other"))
+    ended = cli(*FUSE, "--report", "json=-")
+    assert ended.code == ended.report["exit_code"] == 2
+    assert "error: net.py:16: the model's code raises ValueError: mine" in ended.err
+    assert "the model's code raises" in ended.report["problems"][0]
+    assert "bug" not in ended.err
+
+
+def test_backward_inside_forward(cli, project):
+    folder = project(NET)
+    edit(folder / "net.py", ("return y", "y.sum().backward()"))
+    ended = cli(*FUSE)
+    assert ended.code == 2
+    assert f"net.py:{LINE}: the model does not run without gradients" in ended.err
+    assert "per forward argument" not in ended.err
+
+
+def test_a_factory_that_puts_the_model_elsewhere(cli, project):
+    if torch.cuda.is_available():
+        pytest.skip("here it would be built")
+    folder = project(NET)
+    edit(folder / "net.py", ("build = Net", "build = lambda: Net().cuda()"))
+    ended = cli(*FUSE)
+    assert ended.code == 2
+    assert "(at net.py:15)" in ended.err
+    assert "fusecli builds models on the CPU" in ended.err
+    assert "kwargs" not in ended.err
+
+
+def test_a_model_that_is_wrapped(cli, project):
+    """As torch.compile does, or a class of one's own that holds the model."""
+    folder = project(NET)
+    body = "def __init__(self):\n        super().__init__()\n        self.inner = Net()"
+    edit(folder / "net.py", ("build = Net", f"class Wrapped(nn.Module):\n    {body}\nbuild = Wrapped"))
+    ended = cli(*FUSE)
+    assert ended.code == 2
+    assert "the model's names begin with 'inner.', those of the file do not" in ended.err
+    assert "let the factory return the model itself" in ended.err
+
+
+def test_integers_where_a_parameter_is(cli, project):
+    project(NET)
+    content = torch.load("model.pt", weights_only=True)
+    content["conv.weight"] = content["conv.weight"].to(torch.int8)
+    torch.save(content, "model.pt")
+    ended = cli(*FUSE)
+    assert ended.code == 2
+    assert "model.pt: conv.weight is int8, and the model's parameter is not" in ended.err
+    assert "give the float checkpoint" in ended.err
+
+
+def test_a_loading_hook_that_raises(cli, project):
+    folder = project(NET)
+    method = "def _load_from_state_dict(self, *_): raise RuntimeError('mine')"
+    edit(folder / "net.py", ("build = Net", f"class Other(Net):\n    {method}\nbuild = Other"))
+    ended = cli(*FUSE)
+    assert ended.code == 2
+    assert "the model does not take its tensors: mine" in ended.err
+    assert "fix: " in ended.err
+
+
+def test_a_plan_for_what_is_folded_already(cli, project):
+    project(NET)
+    assert cli(*FUSE).code == 0
+    ended = cli("plan", FUSED, *FUSE[2:])
+    assert ended.code == 2
+    assert "is an artifact of fusecli: its 1 groups are folded already" in ended.err
+    assert "plan on the original checkpoint" in ended.err
+
+
+def test_more_inputs_are_not_the_remedy_for_what_cannot_be_compared(cli, project):
+    folder = project(NET)
+    edit(folder / "net.py", ("return y", "return (lambda: y)"))
+    ended = cli(*FUSE)
+    assert ended.code == 6
+    said = " ".join(ended.out.split())
+    assert "output is a function, which cannot be compared" in said
+    assert "give inputs that run every group" not in said
