@@ -22,7 +22,9 @@ LAYERS = (
     {"api"},
     {"cli"},
 )
-TORCHLESS = {"report", "spec", "cli", "outcome", "reasons", "errors", "contents", "picture", "consent", "blame"}
+TORCHLESS = {"report", "spec", "cli", "outcome", "reasons", "errors", "contents", "picture", "consent"} | {
+    "blame"
+}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 FILES = sorted(PACKAGE.rglob("*.py"))

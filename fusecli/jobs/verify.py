@@ -225,8 +225,8 @@ def _verify(
         fold = plan_fold(source, skeleton, groups, run)
     except Refused as no:
         problem, fix = misfit(source, manifest)
-        ledger = tuple(mismatches(source, manifest))
-        return replace(outcome, refused=no.refused, problems=(problem,), next_step=fix, ledger=ledger)
+        said = tuple(mismatches(source, manifest))
+        return replace(outcome, refused=no.refused, problems=(problem,), next_step=fix, ledger=said)
     choice = chosen(spec or Spec(), ModuleTree(skeleton), modules, groups, run, source.vocabulary)
     verdict, checks = judged(fold, artifact, spec, consent, tick, request.seed, request.samples)
     ledger = [

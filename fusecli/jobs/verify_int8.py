@@ -142,5 +142,6 @@ def _loaded(request: Int8Request, archive: bool, floats: Floats, sample: Sample)
 
 def _mismatch(request: Int8Request, floats: Floats) -> list[LedgerEntry]:
     source = floats.outcome.input
+    own = source.sha256 if source is not None else None
     noted = request.said["input_sha256"]
-    return facts.other_file_ledger(request.checkpoint, source and source.sha256, noted, "int8 model")
+    return facts.other_file_ledger(request.checkpoint, own, noted, "int8 model")
