@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusecli import rewrite
+from fusecli.blame import code_failed
 from fusecli.checkpoint import AVERAGED, Checkpoint, open_checkpoint
 from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
@@ -127,6 +128,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str) -> Non
     needed = {key for key in expected if key != AVERAGED and not key.endswith("num_batches_tracked")}
     problems = _differences(needed - state.keys(), state.keys() - expected.keys(), expected.keys(), where)
     problems += _shapes(state, expected, where)
+    problems += _integers(state, dict(model.named_parameters(remove_duplicate=False)), where)
     if problems:
         raise UsageError(*problems)
     ties = ties_of(model)
@@ -141,7 +143,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str) -> Non
             if key in needed
         ]
     except RuntimeError as error:
-        raise UsageError(Problem(str(error).partition("\n\t")[2] or str(error), where)) from error
+        said = str(error).partition("\n\t")[2].strip() or str(error)
+        fix = "check that the file belongs to this model, and what the model's own loading hooks ask for"
+        raise UsageError(Problem(f"the model does not take its tensors: {said}", where, fix)) from error
     assert not missing
     tie(model, ties)
 
@@ -154,6 +158,9 @@ def _differences(
     missing: Collection[str], unexpected: Collection[str], known: Collection[str], where: str
 ) -> list[Problem]:
     fix = "check model.factory and kwargs, and checkpoint.key if the file holds several models"
+    if prefix := _wrapper(missing, unexpected):
+        what = f"the model's names begin with '{prefix}', those of the file do not: it is wrapped"
+        return [Problem(what, where, "let the factory return the model itself")]
     problems = []
     if missing:
         problems.append(Problem(f"the model needs {_some(missing)}, which the file has not got", where, fix))
@@ -165,6 +172,16 @@ def _differences(
             Problem(f"the file has {_some(unexpected)}, which the model has not{hint}", where, fix)
         )
     return problems
+
+
+def _wrapper(missing: Collection[str], unexpected: Collection[str]) -> str:
+    """The prefix that makes the names of the file those of the model: of torch.compile, or of another class
+    that holds the model."""
+    if not missing:
+        return ""
+    first = min(missing, key=len)
+    prefix = next((first.removesuffix(name) for name in unexpected if first.endswith(f".{name}")), "")
+    return prefix if prefix and all(name.removeprefix(prefix) in unexpected for name in missing) else ""
 
 
 def _some(names: Collection[str]) -> str:
@@ -181,6 +198,22 @@ def _shapes(state: Mapping[str, Any], expected: Mapping[str, Any], where: str) -
         )
         for key, value in state.items()
         if isinstance(value, Tensor) and key in expected and value.shape != expected[key].shape
+    ]
+
+
+def _integers(state: Mapping[str, Any], parameters: Mapping[str, Tensor], where: str) -> list[Problem]:
+    """A parameter is trained, and integers are not: such a file holds a quantized model."""
+    return [
+        Problem(
+            f"{key} is {str(value.dtype).removeprefix('torch.')}, and the model's parameter is not",
+            where,
+            "give the float checkpoint: integers mean nothing without their scales",
+        )
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+        and key in parameters
+        and not (value.is_floating_point() or value.is_complex())
+        and parameters[key].requires_grad
     ]
 
 
@@ -209,7 +242,8 @@ def _with_fuser(edit: Edit, model: nn.Module, consent: Consent, folder: Path | N
     try:
         result = fuser(mode == "qat", *(model.get_submodule(path) for path in edit.members))
     except Exception as error:  # whatever somebody's fuser may raise, and members that are not there
-        raise UsageError(Problem(f"raised {type(error).__name__}: {error}", f"fuser {edit.fuser}")) from error
+        fix = "load it with the fuser it was made with"
+        raise UsageError(code_failed(error, "it", f"fuser {edit.fuser}", fix)) from error
     if not isinstance(result, nn.Module):
         message = f"returned a {type(result).__name__}, not an nn.Module"
         raise UsageError(Problem(message, f"fuser {edit.fuser}"))

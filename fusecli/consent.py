@@ -11,12 +11,14 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from fusecli.blame import described_with_place
 from fusecli.errors import Problem, UnsafeError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -80,6 +82,33 @@ class Consent:
             )
         )
 
+    @contextmanager
+    def lending(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, a pickle that names `names` ("net.Net", "myproj.models.Net") finds code that is allowed: a
+        file under its own name, a package in the working folder. No other file of that folder is found.
+
+        The very module that "net.py:Net" means elsewhere, so that a class is one class. Raises UsageError
+        where importing it fails.
+        """
+        needed = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+        if needed & self.packages:
+            _see(Path.cwd())
+        path, lent = [*sys.path], {}
+        try:
+            for file in sorted(self.files):
+                if file.stem in needed and file.is_file():
+                    lent[file.stem] = (sys.modules.get(file.stem), _import_file(file, _shortest(file)))
+            later, sys.path[:] = [*sys.path], path
+            sys.modules.update({name: module for name, (_, module) in lent.items()})
+            yield
+            sys.path[:] = later  # what forward imports while it runs may lie beside its file
+        finally:
+            for name, (before, module) in lent.items():
+                if before is not None:
+                    sys.modules[name] = before
+                elif sys.modules.get(name) is module:
+                    del sys.modules[name]
+
     def _covers(self, module: str) -> bool:
         return any(module == package or module.startswith(f"{package}.") for package in self.packages)
 
@@ -118,10 +147,14 @@ def load_class(name: str, consent: Consent, folder: Path | None = None) -> type:
 
 def _import_module(name: str, reference: str, folder: Path) -> Any:
     # A console script does not see the folder it is run in; a project's own package lies there.
-    for place in (str(folder), str(Path.cwd())):
-        if place not in sys.path:
-            sys.path.append(place)
+    _see(folder)
+    _see(Path.cwd())
     return _importing(lambda: importlib.import_module(name), reference)
+
+
+def _see(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _import_file(path: Path, reference: str) -> Any:
@@ -135,8 +168,7 @@ def _import_file(path: Path, reference: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
+    _see(path.parent)
     try:
         _importing(lambda: spec.loader.exec_module(module), reference)  # type: ignore[union-attr]
     except BaseException:
@@ -151,7 +183,7 @@ def _importing(work: Callable[[], Any], reference: str) -> Any:
     except Exception as error:  # whatever somebody's module does while it is imported
         raise UsageError(
             Problem(
-                f"importing it failed: {type(error).__name__}: {error}",
+                f"importing it failed: {described_with_place(error)}",
                 reference,
                 "check that it imports in this Python environment",
             )

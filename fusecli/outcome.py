@@ -123,7 +123,7 @@ class Verdict:
     float64_error       max|a-b| / max|a| end to end, float64 twins; None: not run end to end
     tolerance           the line that float64_error is held against
     drift, noise_floor  the same ratio in the stored dtype, of the fused and of the original model
-    smallest_tolerance  the smallest tolerance that would have accepted the float64 errors
+    smallest_tolerance  the smallest that the verdict is, or would be, `equivalent` with; None: none is
     first_different     the first group (in the order of the model's run) that differs
     checks              name of each of the four checks -> one sentence that says what it proved or missed
     check_results       name of each of the four checks -> how it ended, for the mark in front of the sentence

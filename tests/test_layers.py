@@ -13,7 +13,7 @@ LAYERS = (
     {"reasons"},
     {"errors", "plain"},
     {"outcome"},
-    {"contents", "picture", "plain"},
+    {"contents", "picture", "plain", "blame"},
     {"spec", "algebra", "nn", "consent", "sample"},
     {"rewrite", "graph", "checkpoint", "qat"},
     {"rules", "equivalence", "report", "artifact", "int8", "interop"},
@@ -22,7 +22,9 @@ LAYERS = (
     {"api"},
     {"cli"},
 )
-TORCHLESS = {"report", "spec", "cli", "outcome", "reasons", "errors", "contents", "picture", "consent"}
+TORCHLESS = {"report", "spec", "cli", "outcome", "reasons", "errors", "contents", "picture", "consent"} | {
+    "blame"
+}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 FILES = sorted(PACKAGE.rglob("*.py"))

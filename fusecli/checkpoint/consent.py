@@ -59,6 +59,14 @@ def _culprit(scan: Scan, error: Exception | None) -> str:
     return f"builtins.{name}" if f"builtins.{name}" in scan.globals else name
 
 
+def _way_to(module: str) -> str:
+    """How the code that a pickle names is found: a console script does not see the folder it is run in."""
+    file, folder = Path(f"{module}.py"), Path(module)
+    if file.is_file() or folder.is_dir():
+        return f"if the one in this folder is meant, add --allow-code {file if file.is_file() else module}"
+    return "install the package that provides it, or name its file or package with --allow-code"
+
+
 def _said(error: Exception) -> str:
     return (
         re.sub(r"\s+", " ", str(error).rsplit("WeightsUnpickler error:", 1)[-1])
@@ -70,8 +78,8 @@ def _said(error: Exception) -> str:
 def explain_failure(path: Path, error: Exception) -> UnsafeError:
     """The error for a file that broke while it was loaded, with or without consent."""
     if isinstance(error, ModuleNotFoundError):
-        fix = f"install the package that provides it, or run where 'import {error.name}' works"
-        return unreadable(path, f"the pickle needs the module '{error.name}', which is not installed", fix)
+        what = f"the pickle needs the module '{error.name}', which is not installed"
+        return unreadable(path, what, _way_to(str(error.name).partition(".")[0]))
     if isinstance(error, (ImportError, AttributeError)):
         fix = f"run where its class is defined and {RESAVE}"
         return unreadable(path, f"a class that the pickle names cannot be found ({first_line(error)})", fix)

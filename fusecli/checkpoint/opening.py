@@ -23,6 +23,7 @@ from fusecli.checkpoint.prefixes import Renaming, strip_prefixes
 from fusecli.checkpoint.sniff import Kind, sniff
 from fusecli.checkpoint.stored import StoredTensor, find_ties, store
 from fusecli.checkpoint.trouble import misused, unreadable
+from fusecli.consent import Consent
 
 MANIFEST = "fusecli"
 AVERAGED = "n_averaged"  # how many models torch.optim.swa_utils.AveragedModel has averaged
@@ -90,13 +91,19 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | Path, *, allow_pickle: bool = False, key: str | None = None, strip_prefix: Sequence[str] = ()
+    path: str | Path,
+    *,
+    allow_pickle: bool = False,
+    key: str | None = None,
+    strip_prefix: Sequence[str] = (),
+    consent: Consent | None = None,
 ) -> Checkpoint:
     """The checkpoint in the file, whose format its content decides.
 
     key            dotted key of the state dict inside a training checkpoint
     strip_prefix   prefixes to take off the names besides the known ones
     allow_pickle   consent to run code that a pickle names
+    consent        where that code may be found, besides what is installed
 
     Raises UnsafeError for a file that is unsafe or unreadable, UsageError for a path, key or prefix that
     does not fit.
@@ -105,7 +112,7 @@ def open_checkpoint(
     kind = sniff(path)
     if kind in (Kind.SAFETENSORS, Kind.SHARDS):
         return _open_mapped(path, kind, key, strip_prefix)
-    loaded = load_pickled(path, kind, allow_pickle)
+    loaded = load_pickled(path, kind, allow_pickle, consent)
     choice = choose_state(path, loaded.root, key)
     return _open_state(path, kind, replace(choice, notices=loaded.notices + choice.notices), strip_prefix)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from mmap import MAP_PRIVATE
 from pathlib import Path
@@ -23,6 +24,7 @@ from fusecli.checkpoint.consent import explain_failure, explain_refusal
 from fusecli.checkpoint.scan import Scan, scan_pickle
 from fusecli.checkpoint.sniff import Kind
 from fusecli.checkpoint.trouble import DOWNLOAD_AGAIN, unreadable
+from fusecli.consent import Consent
 
 # magic number, protocol, system, the object, the storage keys; then the storages themselves
 _LEGACY_PICKLES = 5
@@ -37,7 +39,7 @@ class Loaded:
     notices: tuple[str, ...]
 
 
-def load_pickled(path: Path, kind: Kind, allow_pickle: bool) -> Loaded:
+def load_pickled(path: Path, kind: Kind, allow_pickle: bool, consent: Consent | None = None) -> Loaded:
     """The file's object with every tensor on the CPU; zip archives are mapped, not read.
 
     Raises UnsafeError for whatever cannot be loaded, or not without --allow-pickle.
@@ -45,7 +47,8 @@ def load_pickled(path: Path, kind: Kind, allow_pickle: bool) -> Loaded:
     scan = _SCANS[kind](path)
     if kind is Kind.PICKLE and not allow_pickle:
         raise explain_refusal(path, scan, None)
-    with warnings.catch_warnings(record=True) as caught:
+    lent = consent.lending(scan.globals) if consent and allow_pickle else nullcontext()
+    with lent, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         root = _load(path, kind, allow_pickle, scan)
     changed = (str(w.message).split(".  ")[0] for w in caught if w.category is SourceChangeWarning)

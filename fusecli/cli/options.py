@@ -44,7 +44,7 @@ Inputs = Annotated[
         "--input",
         metavar="SHAPE|FILE:KEY",
         help="An argument of forward: 1x3x224x224, 2x16:int64:0..1000, mask=2x16:bool, or a tensor of a "
-        "safetensors file, x.safetensors:images. Repeatable.",
+        "safetensors file, x.safetensors:images. A dict: image=1x3x8x8,mask=1x8x8. Repeatable.",
         rich_help_panel=_RUN,
     ),
 ]

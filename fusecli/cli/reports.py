@@ -13,6 +13,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from fusecli.blame import model_failed
 from fusecli.cli.screen import Terminal, print_reasons, reader_may_leave
 from fusecli.errors import ExitCode, FusecliError, Problem, UsageError
 from fusecli.outcome import FileFacts, Outcome
@@ -131,7 +132,11 @@ def finish(failed: Failed, reports: Reports, work: Callable[[], Outcome]) -> Non
         )
         reports.write(failed.outcome(left.exit_code, left.problems))
         raise left from None
-    except Exception as error:  # a bug: a program that waits for the report learns of it
+    except Exception as error:
+        if (problem := model_failed(error)) is not None:
+            reports.write(failed.outcome(ExitCode.USAGE, [problem]))
+            raise UsageError(problem) from error
+        # A bug: a program that waits for the report learns of it.
         reports.write(failed.outcome(ExitCode.BUG, [f"{type(error).__name__}: {error}"]))
         raise
     reports.deliver(outcome)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from fusecli.blame import described_with_place
 from fusecli.engine.decisions import CustomFuser, Modules
 from fusecli.equivalence.probe import changed_shape
 from fusecli.errors import NotFoldable, require
@@ -32,7 +33,7 @@ def call_fuser(custom: CustomFuser, modules: Sequence[nn.Module], mode: Mode) ->
     try:
         result = custom.function(mode == "qat", *modules)
     except Exception as error:  # whatever somebody's code may raise
-        message = f"fuser {custom.name} raised {type(error).__name__}: {error}"
+        message = f"fuser {custom.name} raised {described_with_place(error)}"
         raise NotFoldable("fuser-error", message) from error
     require(
         isinstance(result, nn.Module),

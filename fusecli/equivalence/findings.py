@@ -80,12 +80,12 @@ def verdict_of(found: Findings, seed: int) -> Verdict:
     results = _results(found)
     errors = [found.end.error, found.inside.error, *(check.difference.error for check in found.checks)]
     return Verdict(
-        judgement=_worst(results),
+        judgement=(judgement := _worst(results)),
         float64_error=found.end.error if found.runs else None,
         drift=found.drift,
         noise_floor=found.noise,
         tolerance=found.tolerance,
-        smallest_tolerance=_accepting(found, errors),
+        smallest_tolerance=_accepting(found, errors, judgement),
         first_different=different[0].members if different else None,
         end_to_end=found.runs > 0,
         samples=found.runs,
@@ -96,11 +96,21 @@ def verdict_of(found: Findings, seed: int) -> Verdict:
     )
 
 
-def _accepting(found: Findings, errors: Sequence[float]) -> float | None:
-    """The smallest tolerance that would accept the float64 errors; None where they are not what is wrong."""
+def _accepting(found: Findings, errors: Sequence[float], judgement: Judgement) -> float | None:
+    """The smallest tolerance that the verdict would be `equivalent` with: the largest of the errors. None
+    where no tolerance would turn it: what is wrong is no matter of float64 errors, or they are not numbers,
+    or with that tolerance a weight that is off by 1 % would be accepted too."""
     largest = max(errors)
-    elsewhere = bool(found.misstored) or found.too_far
-    return None if largest == math.inf or (elsewhere and largest <= found.tolerance) else largest
+    if judgement is Judgement.EQUIVALENT:
+        return largest
+    others = [result for name, result in _results(found).items() if name not in ("semantic", "power")]
+    turns = (
+        judgement is Judgement.DIFFERENT
+        and all(result is Judgement.EQUIVALENT for result in others)
+        and not (found.erratic or any(check.trouble or check.undefined for check in found.checks))
+        and all(check.calls and check.noticed > largest for check in found.checks)
+    )
+    return largest if turns and math.isfinite(largest) else None
 
 
 def _worst(results: Mapping[str, Judgement]) -> Judgement:

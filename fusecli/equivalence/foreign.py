@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusecli.blame import described, forward_failed
 from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
 from fusecli.equivalence.reading import Reading
 from fusecli.equivalence.run import run
-from fusecli.errors import Problem, UsageError
+from fusecli.errors import UsageError
 from fusecli.graph.materialise import duplicate
 from fusecli.outcome import Judgement, Verdict
 from fusecli.sample import Sample
@@ -46,8 +47,9 @@ def judge_foreign(original: nn.Module, fused: nn.Module, sample: Sample, seed: i
 class _Fails(Exception):
     """A model does not run: not `at_all`, or only not in float64."""
 
-    def __init__(self, message: str, *, at_all: bool) -> None:
-        super().__init__(message)
+    def __init__(self, cause: Exception, *, at_all: bool) -> None:
+        super().__init__(described(cause))
+        self.cause = cause
         self.at_all = at_all
 
 
@@ -68,6 +70,16 @@ class _Seen:
     @property
     def line(self) -> float:
         return max(TOLERANCE, _MARGIN * self.rounding)
+
+    @property
+    def turned_by_tolerance(self) -> bool:
+        """Whether with a tolerance of the error itself the verdict would be `equivalent`."""
+        agrees = self.again.error <= TOLERANCE and not self.unread
+        return (
+            agrees
+            and self.line < self.difference.error < self.noticed
+            and math.isfinite(self.difference.error)
+        )
 
     def judged(self) -> tuple[Judgement, str]:
         if self.again.undefined:
@@ -91,10 +103,7 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
         reference = _answer(a, original, sample, seed)
     except _Fails as fails:
         if fails.at_all:
-            fix = "give one entry per forward argument, with the shape and dtype it expects"
-            raise UsageError(
-                Problem(f"the model does not run on these inputs: {fails}", "inputs", fix)
-            ) from fails
+            raise UsageError(forward_failed(fails.cause)) from fails
         raise Incomparable(f"the original model does not run in float64: {fails}") from fails
     again = compare(reference, run(a, sample, seed=seed + 1_000_003, dtype=torch.float64))
     generator = torch.Generator().manual_seed(seed)
@@ -109,11 +118,12 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
     )
     judgement, reason = seen.judged()
     error = seen.difference.error
+    turns = judgement is Judgement.EQUIVALENT or seen.turned_by_tolerance
     return Verdict(
         judgement=judgement,
         float64_error=error,
         tolerance=seen.line,
-        smallest_tolerance=error if math.isfinite(error) else None,
+        smallest_tolerance=error if turns else None,
         end_to_end=True,
         samples=1,
         seed=seed,
@@ -134,8 +144,8 @@ def _answer(twin: nn.Module, stored: nn.Module, sample: Sample, seed: int) -> An
         try:
             run(stored, sample, seed=seed)
         except Exception as plain:
-            raise _Fails(f"{type(plain).__name__}: {plain}", at_all=True) from plain
-        raise _Fails(f"{type(error).__name__}: {error}", at_all=False) from error
+            raise _Fails(plain, at_all=True) from plain
+        raise _Fails(error, at_all=False) from error
 
 
 def _moved(

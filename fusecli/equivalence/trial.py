@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fusecli.blame import forward_failed
 from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
 from fusecli.equivalence.culprit import culprit
 from fusecli.equivalence.findings import Findings
@@ -17,7 +18,7 @@ from fusecli.equivalence.groups import observed
 from fusecli.equivalence.run import changed_buffers, run
 from fusecli.equivalence.subject import Subject
 from fusecli.equivalence.trail import Trail, followed
-from fusecli.errors import Problem, UsageError
+from fusecli.errors import UsageError
 from fusecli.sample import Sample
 
 _OTHER_SEED = 1_000_003
@@ -95,13 +96,7 @@ class Trial:
         try:
             run(self.subject.original, self.sample, seed=self.seed)
         except Exception as plain:
-            raise UsageError(
-                Problem(
-                    f"the model does not run on these inputs: {type(plain).__name__}: {plain}",
-                    "inputs",
-                    "give one entry per forward argument, with the shape and dtype it expects",
-                )
-            ) from plain
+            raise UsageError(forward_failed(plain)) from plain
         raise NoTwin(f"the model does not run in float64: {type(error).__name__}: {error}") from error
 
     def _again(self, reference: Any, before: Mapping[str, Tensor]) -> Trail | None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusecli.errors import Problem, UsageError
+from fusecli.blame import forward_failed
+from fusecli.errors import UsageError
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.fakes import fake_twin, forget
 from fusecli.graph.memory import same_memory
@@ -91,13 +92,8 @@ class Run:
                 # In float64 runs what does not in the stored dtype, such as a bfloat16 model that is given
                 # float32 inputs; but what it says in its own dtype is what a user can do something about.
                 problem = error if attempt.args[1] is None else problem
-        raise UsageError(
-            Problem(
-                f"the model does not run on these inputs: {type(problem).__name__}: {problem}",
-                "inputs",
-                "give one entry per forward argument, with the shape and dtype it expects",
-            )
-        ) from problem
+        assert problem is not None
+        raise UsageError(forward_failed(problem)) from problem
 
     def _attempts(self, biased: Collection[str]) -> Iterator[partial[Recording]]:
         """From the cheapest."""

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusecli.blame import forward_failed
 from fusecli.errors import Problem, UsageError
 from fusecli.int8.torchao import quiet
 from fusecli.jobs.fuse import protected as read_by_fuse
-from fusecli.jobs.inputs import entries_of, read_tensor, samples_of
+from fusecli.jobs.inputs import read_tensor, samples_of
 from fusecli.jobs.source import folder_of
 from fusecli.outcome import LedgerEntry
 from fusecli.sample import Sample, tensors_in
 from fusecli.spec import Spec
+from fusecli.spec.inputs import tensors_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Batches:
 
 def protected(spec: Spec) -> list[Path]:
     """Files besides the checkpoint that the work reads: those of a fold, and those to calibrate on."""
-    read = [entry.file for entry in entries_of(spec.quantize.calibrate) if entry.file]
+    read = [entry.file for entry in tensors_of(spec.quantize.calibrate) if entry.file]
     return [*read_by_fuse(spec), *(folder_of(spec) / file for file in read)]
 
 
@@ -65,7 +67,7 @@ def calibration(spec: Spec, seed: int) -> Batches:
 def _batches(spec: Spec, seed: int, where: str = "") -> Batches:
     where = where or spec.where(("inputs",))
     samples = samples_of(spec, seed, spec.verify.samples)
-    entries = list(entries_of(spec.inputs))
+    entries = list(tensors_of(spec.inputs))
     random = any(entry.file is None for entry in entries)
     named = next((entry for entry in entries if entry.labels), None)
     rows = _rows(samples[0])
@@ -134,10 +136,8 @@ def require_running(model: Callable[..., Any], given: Batches) -> None:
             with quiet():
                 outputs(model, sample)
         except Exception as error:  # whatever somebody's forward may raise
-            said = next(iter(str(error).splitlines()), "")
-            what = f"the model does not run on these inputs: {type(error).__name__}: {said}"
             fix = "give sizes and dtypes that it takes, in calibrate and inputs alike, batch by batch"
-            raise UsageError(Problem(what, given.where, fix)) from None
+            raise UsageError(forward_failed(error, given.where, fix)) from None
 
 
 def require_scores(model: Callable[..., Any], given: Batches) -> None:

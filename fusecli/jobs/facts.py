@@ -48,6 +48,17 @@ def spec_facts(spec: Spec) -> FileFacts | None:
     )
 
 
+def other_file_ledger(path: object, own: str | None, noted: str, made: str) -> list[LedgerEntry]:
+    """What was made from other bytes is judged by its tensors all the same; that it was is said."""
+    if own == noted:
+        return []
+    what = (
+        f"is not the file that the {made} was made from (sha256): made from another file, {noted[:12]}..., "
+        f"this one is {str(own)[:12]}..."
+    )
+    return [LedgerEntry("input", str(path), what)]
+
+
 def environment() -> dict[str, str]:
     return {
         "fusecli": version("fusecli"),

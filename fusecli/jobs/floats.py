@@ -53,7 +53,7 @@ def floats_of(path: Path, spec: Spec, consent: Consent, tick: Tick, allow_pickle
         spec = spec.model_copy(update={"discover": True})
     # A container would change the names of weights, and an exported graph has no use for it.
     spec = spec.model_copy(update={"qat": False, "no_rules": (*spec.no_rules, *_CONTAINERS)})
-    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle, **_nesting(path, spec))
+    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle, consent=consent, **_nesting(path, spec))
     with checkpoint:
         manifest = manifest_of(checkpoint) if MANIFEST_KEY in checkpoint.metadata else None
         source = source_of(checkpoint, spec, consent)

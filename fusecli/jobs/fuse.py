@@ -30,7 +30,7 @@ from fusecli.jobs.fold import (
     plan_fold,
     write_fold,
 )
-from fusecli.jobs.inputs import entries_of, samples_of
+from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.proof import Tick, reported
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.source import (
@@ -49,6 +49,7 @@ from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused, Verdict
 from fusecli.rewrite import MANIFEST_KEY, Manifest, ModuleTree
 from fusecli.sample import Sample
 from fusecli.spec import Spec
+from fusecli.spec.inputs import tensors_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: Non
     fmt, target = _target(request, spec)
     check_target(target, request.checkpoint, request.force or request.dry_run, protected(spec))
     tick("opening the checkpoint")
-    with _opened(request, spec) as checkpoint:
+    with _opened(request, spec, consent) as checkpoint:
         outcome = Outcome("fuse", "refused", ExitCode.REFUSED, spec=facts.spec_facts(spec))
         manifest = manifest_of(checkpoint) if MANIFEST_KEY in checkpoint.metadata else None
         if manifest is not None and manifest.mode == "folded":
@@ -109,8 +110,10 @@ def _require_work(spec: Spec, source: Source) -> None:
         raise UsageError(Problem("nothing says what to fuse", str(source.checkpoint.path), fix))
 
 
-def _opened(request: FuseRequest, spec: Spec) -> Checkpoint:
-    consented = partial(open_checkpoint, request.checkpoint, allow_pickle=request.allow_pickle)
+def _opened(request: FuseRequest, spec: Spec, consent: Consent) -> Checkpoint:
+    consented = partial(
+        open_checkpoint, request.checkpoint, allow_pickle=request.allow_pickle, consent=consent
+    )
     try:
         return consented(key=spec.checkpoint.key, strip_prefix=spec.checkpoint.strip_prefix)
     except UsageError:
@@ -132,7 +135,7 @@ def _target(request: FuseRequest, spec: Spec) -> tuple[str, Path]:
 
 def protected(spec: Spec) -> list[Path]:
     """Files besides the checkpoint that the work reads: the spec, its inputs, its code."""
-    read = [entry.file for entry in entries_of(spec.inputs) if entry.file]
+    read = [entry.file for entry in tensors_of(spec.inputs) if entry.file]
     named = [spec.model.factory] if spec.model else []
     named += [extra.fuser for extra in spec.extra_mappings if extra.fuser]
     adapter = adapter_files(spec.adapter, folder_of(spec)) if spec.adapter else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fusecli.errors import Problem, UsageError
 from fusecli.jobs.source import folder_of
 from fusecli.sample import Sample
 from fusecli.spec import InputSpec, Spec
+from fusecli.spec.inputs import tensors_of
 
 
 def samples_of(spec: Spec, seed: int, count: int) -> list[Sample]:
@@ -21,17 +21,8 @@ def samples_of(spec: Spec, seed: int, count: int) -> list[Sample]:
     if not spec.inputs:
         fix = "give --input 1x3x224x224 for each argument, or add inputs: [{shape: [1, 3, 224, 224]}]"
         raise UsageError(Problem("there is a model, but no inputs to run it on", spec.where(()), fix))
-    drawn = any(entry.file is None for entry in entries_of(spec.inputs))
+    drawn = any(entry.file is None for entry in tensors_of(spec.inputs))
     return [_sample(spec, seed + number) for number in range(count if drawn else 1)]
-
-
-def entries_of(entries: Any) -> Iterator[InputSpec]:
-    """Every input of a spec, those within tuples too."""
-    for entry in entries:
-        if isinstance(entry, InputSpec):
-            yield entry
-        else:
-            yield from entries_of(entry)
 
 
 def _sample(spec: Spec, seed: int) -> Sample:
@@ -54,6 +45,8 @@ def _sample(spec: Spec, seed: int) -> Sample:
 
 
 def _value(entry: Any, generator: torch.Generator, folder: Path, where: str) -> Any:
+    if isinstance(entry, dict):
+        return {name: _value(item, generator, folder, where) for name, item in entry.items()}
     if not isinstance(entry, InputSpec):
         return tuple(_value(item, generator, folder, where) for item in entry)
     return _from_file(entry, folder, where) if entry.file else _drawn(entry, generator, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from fusecli.spec.quantize import Observer, Weights
 VERSION = 1
 PT2_FACTS = "fusecli.json"  # the extra file of a .pt2 that holds the facts
 _MOST_FACTS = 1 << 26  # bytes: more than a name for each op of any graph, and no bomb
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHOICES = {"observer": get_args(Observer), "weights": get_args(Weights)}
 
 
@@ -71,7 +73,8 @@ def _soundness(said: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     """Each fact that is used, and whether it is of the type that was written."""
     for name in ("equalize", "correct_bias"):
         yield name, isinstance(said.get(name), bool)
-    yield "input_sha256", isinstance(said.get("input_sha256"), str)
+    digest = said.get("input_sha256")
+    yield "input_sha256", isinstance(digest, str) and _SHA256.fullmatch(digest) is not None
     yield "ops", _texts(said.get("ops"))
     inner = said.get("int8")
     yield "int8", isinstance(inner, dict)

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from fusecli.checkpoint import open_checkpoint
+from fusecli.artifact import manifest_of
+from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group
 from fusecli.errors import ExitCode, Problem, UsageError
@@ -28,8 +29,9 @@ from fusecli.jobs.verdicts import recorded
 from fusecli.outcome import Outcome, Refusal, Unfused
 from fusecli.picture import Picture
 from fusecli.plain import visible
-from fusecli.rewrite import ModuleTree
+from fusecli.rewrite import MANIFEST_KEY, ModuleTree
 from fusecli.spec import Spec
+from fusecli.spec.inputs import is_mapping
 from fusecli.spec.wildcards import bind_groups
 
 _NUMBERLIKE = re.compile(r"[-+]?\.?\d")
@@ -65,7 +67,9 @@ def plan_file(
         allow_pickle=request.allow_pickle,
         key=spec.checkpoint.key,
         strip_prefix=spec.checkpoint.strip_prefix,
+        consent=consent,
     ) as checkpoint:
+        _require_original(checkpoint)
         source = source_of(checkpoint, spec, consent)
         if source.build is None:
             fix = "give --model and --input, or a spec with model and inputs (--spec)"
@@ -111,6 +115,13 @@ def plan_file(
                 outcome, status="nothing to fuse", problems=("the dataflow offers nothing to fold",)
             )
         return outcome, text, picture
+
+
+def _require_original(checkpoint: Checkpoint) -> None:
+    if MANIFEST_KEY in checkpoint.metadata and manifest_of(checkpoint).mode == "folded":
+        groups = len(manifest_of(checkpoint).groups)
+        what = f"is an artifact of fusecli: its {groups} groups are folded already"
+        raise UsageError(Problem(what, str(checkpoint.path), "plan on the original checkpoint"))
 
 
 def _try(fold: Fold, run: Run) -> None:
@@ -203,8 +214,8 @@ def _paths(taken: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
         yield taken["adapter"], "file"
     waiting = list(taken.get("inputs", ()))
     for entry in waiting:
-        if isinstance(entry, list):
-            waiting += entry
+        if isinstance(entry, list) or is_mapping(entry):
+            waiting += entry if isinstance(entry, list) else entry.values()
         elif entry.get("file"):
             yield entry, "file"
 

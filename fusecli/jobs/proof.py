@@ -79,6 +79,7 @@ def _with_learned(verdict: Verdict, wrong: list[str]) -> Verdict:
     return replace(
         verdict,
         judgement=Judgement.DIFFERENT,
+        smallest_tolerance=None,
         reasons=(*verdict.reasons, said),
         checks={**verdict.checks, "from disk": said},
         check_results={**verdict.check_results, "from disk": Judgement.DIFFERENT},
@@ -98,6 +99,7 @@ def _undetermined(verdict: Verdict) -> Verdict:
     return replace(
         verdict,
         judgement=Judgement.INCONCLUSIVE,
+        smallest_tolerance=None,
         reasons=(reason,),
         check_results={
             **verdict.check_results,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fusecli import rules
 from fusecli.artifact import load_strictly, loaded, tie, ties_of
+from fusecli.blame import code_failed
 from fusecli.checkpoint import Checkpoint, StoredTensor
 from fusecli.consent import Consent, load_class, load_object
 from fusecli.engine import CustomFuser, Group, Vocabulary, bake_tree, separate
@@ -242,8 +243,8 @@ def _factory(spec: Spec, consent: Consent) -> Callable[[], nn.Module] | None:
         try:
             model = factory(**copy.deepcopy(kwargs))
         except Exception as error:  # whatever somebody's constructor may raise
-            message = f"the factory {reference} raised {type(error).__name__}: {error}"
-            raise UsageError(Problem(message, where, "check model.kwargs")) from error
+            problem = code_failed(error, f"the factory {reference}", where, "check model.kwargs")
+            raise UsageError(problem) from error
         if not isinstance(model, nn.Module):
             message = f"the factory {reference} returned {type(model).__name__}, not an nn.Module"
             raise UsageError(Problem(message, where, "name a class or a function that builds the model"))

@@ -56,7 +56,12 @@ def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:
         doubts.append("--strict: the groups are claimed by the spec, no run of the model has shown them")
     if not doubts:
         return verdict
-    return replace(verdict, judgement=Judgement.INCONCLUSIVE, reasons=(*verdict.reasons, *doubts))
+    return replace(
+        verdict,
+        judgement=Judgement.INCONCLUSIVE,
+        smallest_tolerance=None,
+        reasons=(*verdict.reasons, *doubts),
+    )
 
 
 def on_all_paths(

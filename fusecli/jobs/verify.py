@@ -27,8 +27,9 @@ from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, dressed, planted, source_of
 from fusecli.jobs.trained import read_as, read_trained
 from fusecli.jobs.verdicts import judged, on_all_paths, recorded, strictly
+from fusecli.jobs.verify_blame import NO_RELEASE, blamed, misfit, mismatches, telling_which
 from fusecli.jobs.verify_int8 import Int8Request, verify_int8
-from fusecli.outcome import Judgement, LedgerEntry, Outcome
+from fusecli.outcome import Judgement, Outcome
 from fusecli.rewrite import (
     MANIFEST_KEY,
     Container,
@@ -74,7 +75,7 @@ def verify_file(
         return verify_int8(again, consent, tick)
     with open_checkpoint(request.fused) as artifact:
         manifest = _manifest(request, artifact)
-        with _original(request, manifest) as checkpoint:
+        with _original(request, manifest, consent) as checkpoint:
             source, skeleton, groups = _structure(checkpoint, spec, manifest, consent, artifact)
             return _verify(request, spec, source, skeleton, groups, manifest, artifact, consent, tick)
 
@@ -88,13 +89,14 @@ def _manifest(request: VerifyRequest, artifact: Checkpoint) -> Manifest:
         raise
 
 
-def _original(request: VerifyRequest, manifest: Manifest) -> Checkpoint:
+def _original(request: VerifyRequest, manifest: Manifest, consent: Consent) -> Checkpoint:
     try:
         checkpoint = open_checkpoint(
             request.checkpoint,
             allow_pickle=request.allow_pickle,
             key=manifest.key or None,
             strip_prefix=manifest.strip_prefix,
+            consent=consent,
         )
     except UsageError:
         if artifact_at(request.checkpoint) is not None:
@@ -148,8 +150,11 @@ def _structure(
             what = f"{', '.join(unlisted[:3])} cannot be judged without a run of the model"
             raise UsageError(Problem(what, str(fused), "give --spec, with the inputs to run it on"))
         named = (path for group in groups for path in group.modules)
-        _require_modules([*bakes, *named], source.build(), fused)
-        return source, source.skeleton(), groups
+        try:
+            _require_modules([*bakes, *named], source.build(), fused)
+            return source, source.skeleton(), groups
+        except UsageError as error:
+            raise telling_which(error, checkpoint, artifact, manifest) from error
     blind = [edit.path for edit in manifest.edits if isinstance(edit, Opaque | Remainder)]
     blind += unlisted
     blind += bakes.keys() - _adapted(source).keys()
@@ -221,8 +226,9 @@ def _verify(
     try:
         fold = plan_fold(source, skeleton, groups, run)
     except Refused as no:
-        problem = "the manifest's groups cannot be fused on this checkpoint: it is not the one they came from"
-        return replace(outcome, refused=no.refused, problems=(problem,))
+        problem, fix = misfit(source, manifest)
+        said = tuple(mismatches(source, manifest))
+        return replace(outcome, refused=no.refused, problems=(problem,), next_step=fix, ledger=said)
     choice = chosen(spec or Spec(), ModuleTree(skeleton), modules, groups, run, source.vocabulary)
     verdict, checks = judged(fold, artifact, spec, consent, tick, request.seed, request.samples)
     ledger = [
@@ -230,7 +236,7 @@ def _verify(
         *facts.own_ledger(source.owns),
         *apply_to_skeleton(fold),
         *facts.path_ledger(fold.decisions),
-        *_mismatches(source, manifest),
+        *mismatches(source, manifest),
     ]
     verdict, reports = on_all_paths(
         verdict,
@@ -246,13 +252,20 @@ def _verify(
         totals_after=facts.totals(facts.layout_of(artifact), whole),
         ledger=tuple(ledger),
     )
-    for reason in _unlike(fold, manifest):
-        verdict = replace(verdict, judgement=Judgement.DIFFERENT, reasons=(*verdict.reasons, reason))
+    unlike = tuple(_unlike(fold, manifest))
+    if unlike:
+        verdict = replace(
+            verdict,
+            judgement=Judgement.DIFFERENT,
+            reasons=(*verdict.reasons, *unlike),
+            smallest_tolerance=None,
+        )
     verdict = strictly(replace(verdict, groups=reports), outcome, request.strict)
     status, code = _STATUS[verdict.judgement]
-    return replace(
+    outcome = replace(
         outcome, verification=verdict, status=status, exit_code=code, next_step=_next(request, whole, code)
     )
+    return blamed(outcome, source, manifest, unlike) if code is ExitCode.DIFFERENT else outcome
 
 
 def _run(request: VerifyRequest, source: Source, skeleton: nn.Module) -> Run | None:
@@ -298,18 +311,9 @@ def _edits(fold: Fold) -> tuple[object, ...]:
     return tuple(edit for rewrite in fold.rewrites for edit in rewrite.edits)
 
 
-def _mismatches(source: Source, manifest: Manifest) -> list[LedgerEntry]:
-    """An artifact made from other bytes is judged all the same; that it was made from others is said."""
-    found = [(source.checkpoint.path, source.checkpoint.sha256(), manifest.input_sha256)]
-    if source.adapter is not None:
-        found.append((source.adapter.path, source.adapter.sha256, manifest.adapter_sha256))
-    what = "is not the file that the artifact was made from (sha256)"
-    return [LedgerEntry("input", str(path), what) for path, own, noted in found if own != noted]
-
-
 def _next(request: VerifyRequest, model: nn.Module | None, code: ExitCode) -> str:
     if code is ExitCode.DIFFERENT:
-        return "do not release this artifact; fuse the checkpoint again"
+        return NO_RELEASE
     if model is None and request.spec is None:
         return "add --spec fuse.yaml to run the model too, end to end"
     return ""

@@ -142,7 +142,6 @@ def _loaded(request: Int8Request, archive: bool, floats: Floats, sample: Sample)
 
 def _mismatch(request: Int8Request, floats: Floats) -> list[LedgerEntry]:
     source = floats.outcome.input
-    if source is None or source.sha256 == request.said["input_sha256"]:
-        return []
-    what = "is not the file that the int8 model was made from (sha256)"
-    return [LedgerEntry("input", str(request.checkpoint), what)]
+    own = source.sha256 if source is not None else None
+    noted = request.said["input_sha256"]
+    return facts.other_file_ledger(request.checkpoint, own, noted, "int8 model")

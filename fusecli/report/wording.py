@@ -50,6 +50,7 @@ _VERBS = {"fused": "folded", "partly fused": "folded", "verified": "verified", "
 _REMEDIES = {
     "different": "leave the group that differs out of the spec, or correct its pairing, and fuse again",
     "inconclusive": "give inputs that run every group (`inputs:` in the spec), or more of them (--samples)",
+    "undecidable": "see what is named above: that keeps the fold from being judged, the groups were run",
     "refused": "follow the remedies, or leave the refused groups out of the spec",
     "nothing to fuse": "check with `fusecli inspect` that this checkpoint still holds norm layers",
     "error": "correct the problems and run the command again",
@@ -72,7 +73,16 @@ def headline(outcome: Outcome) -> Headline:
 
 def next_step(outcome: Outcome) -> str:
     """What to do now; a failure is never left without it."""
-    return outcome.next_step or _REMEDIES.get(outcome.status, "")
+    return outcome.next_step or _REMEDIES.get(_kind(outcome), "")
+
+
+def _kind(outcome: Outcome) -> str:
+    """The status, but for a doubt that no input could remove: the reasons name it."""
+    verdict = outcome.verification
+    if outcome.status != "inconclusive" or verdict is None or not verdict.reasons:
+        return outcome.status
+    seen = verdict.check_results.get("power") is Judgement.EQUIVALENT
+    return "undecidable" if seen else outcome.status
 
 
 def names(group: GroupReport) -> str:
@@ -82,6 +92,9 @@ def names(group: GroupReport) -> str:
 def grounds(outcome: Outcome) -> Iterator[tuple[str, str]]:
     """(label, sentence) pairs under the headline: what the verdict rests on, and what it does not."""
     yield from (("problem", problem) for problem in outcome.problems)
+    # The ledger says so too, far above: whoever reads only the verdict has to know which file it is about.
+    other = [entry for entry in outcome.ledger if entry.kind == "input" and not outcome.problems]
+    yield from (("input", f"{entry.where} {entry.what}") for entry in other)
     if outcome.recording:
         yield "recorded", outcome.recording
     if outcome.verification is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
@@ -33,6 +34,7 @@ RESIZABLE = (
     *("in_channels", "out_channels", "in_features", "out_features"),
     *("kernel_size", "stride", "padding", "dilation"),
 )
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _KINDS = {"linear"} | {f"conv{way}{rank}d" for way in ("", "_transpose") for rank in (1, 2, 3)}
 _EDITS: dict[str, type[Any]] = {
     cls.__name__.lower(): cls
@@ -112,8 +114,8 @@ class Manifest:
     mode: Mode
     groups: tuple[GroupRecord, ...]
     edits: tuple[Edit, ...]
-    input_sha256: str = ""
-    spec_sha256: str = ""
+    input_sha256: str
+    spec_sha256: str
     versions: Mapping[str, str] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
     key: str = ""
@@ -150,7 +152,8 @@ class Manifest:
         """Reads a manifest that may come from anybody; raises UnsafeError where it is not one of ours."""
         try:
             document = json.loads(text)
-            if document["version"] != VERSION:
+            # True and 1.0 are equal to 1, and no version that was ever written.
+            if type(document["version"]) is not int or document["version"] != VERSION:
                 raise UnsafeError(
                     Problem(
                         f"the manifest has version {document['version']!r}, this fusecli reads {VERSION}",
@@ -165,15 +168,15 @@ class Manifest:
                 raise ValueError(f"the mode is {document['mode']!r}")
             return cls(
                 mode=document["mode"],
-                groups=tuple(_group_from_dict(group) for group in document["groups"]),
-                edits=tuple(_edit_from_dict(edit) for edit in document["edits"]),
-                input_sha256=str(document["input_sha256"]),
-                spec_sha256=str(document["spec_sha256"]),
-                versions={str(k): str(v) for k, v in document["versions"].items()},
-                ties=tuple(_names(tie) for tie in document["ties"]),
-                key=str(document["key"]),
+                groups=tuple(_group_from_dict(group) for group in _list(document["groups"])),
+                edits=tuple(_edit_from_dict(edit) for edit in _list(document["edits"])),
+                input_sha256=_sha256(document["input_sha256"]),
+                spec_sha256=_sha256(document["spec_sha256"]),
+                versions=_versions(document["versions"]),
+                ties=tuple(_tie(tie) for tie in document["ties"]),
+                key=_text(document["key"]),
                 strip_prefix=_names(document["strip_prefix"]),
-                adapter_sha256=str(document.get("adapter_sha256", "")),
+                adapter_sha256=_sha256_or_none(document.get("adapter_sha256", "")),
                 trained=_trained(document["trained"]) if "trained" in document else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -211,7 +214,7 @@ def _group_from_dict(document: dict[str, Any]) -> GroupRecord:
         raise ValueError("a group keeps modules that are not in it, or all of them")
     return GroupRecord(
         modules=modules,
-        rule=str(document["rule"]),
+        rule=_name(document["rule"]),
         evidence=Evidence(document["evidence"]),
         kept=kept,
         hints=_hints(document["hints"]),
@@ -267,6 +270,46 @@ def _is_stride(value: Any) -> bool:
 
 def _is_eps(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _sha256(value: Any) -> str:
+    """A digest as hashlib writes it: whatever else stands there can be equal to that of no file."""
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError(f"{value!r} is no sha256, which has 64 hexadecimal digits")
+    return value
+
+
+def _sha256_or_none(value: Any) -> str:
+    return value if value == "" else _sha256(value)
+
+
+def _versions(values: Any) -> dict[str, str]:
+    return {_name(name): _text(version) for name, version in values.items()}
+
+
+def _tie(values: Any) -> tuple[str, ...]:
+    names = _names(values)
+    if len(set(names)) < 2:
+        raise ValueError(f"{values!r} are not two names of one tensor")
+    return names
+
+
+def _list(values: Any) -> list[Any]:
+    if not isinstance(values, list):
+        raise TypeError(f"expected a list, found {values!r}")
+    return values
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {value!r}")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not _text(value):
+        raise ValueError("a name is empty")
+    return str(value)
 
 
 def _names(values: Any) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""What the model is called with: one entry per argument of its forward."""
+"""What the model is called with: one entry per argument of its forward, a tensor, a tuple or a dict."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag, model_validator
@@ -89,14 +90,34 @@ class InputSpec(Part):
         return self
 
 
+def is_mapping(value: object) -> bool:
+    """Whether this is a dict of entries by name, and no entry itself: its values are entries, or lists or
+    dicts of them.
+
+    A name may be a key of an entry, too: {file: {shape: [1]}} is a dict that has a "file".
+    """
+    if not isinstance(value, dict):
+        return False
+    entries = {key for key, item in value.items() if _holds_entries(item)}
+    return bool(entries) and not (value.keys() - entries) & InputSpec.model_fields.keys()
+
+
+def _holds_entries(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_holds_entries, value))
+    return isinstance(value, (dict, InputSpec))
+
+
 def _form(value: object) -> str:
-    return "<tuple>" if isinstance(value, (list, tuple)) else "<tensor>"
+    if isinstance(value, (list, tuple)):
+        return "<tuple>"
+    return "<dict>" if is_mapping(value) else "<tensor>"
 
 
 InputEntry = TypeAliasType(
     "InputEntry",
-    "Annotated[Annotated[InputSpec, Tag('<tensor>')] | Annotated[Listed[InputEntry], Tag('<tuple>')],"
-    " Discriminator(_form)]",
+    "Annotated[Annotated[InputSpec, Tag('<tensor>')] | Annotated[Listed[InputEntry], Tag('<tuple>')]"
+    " | Annotated[dict[Text, InputEntry], Tag('<dict>')], Discriminator(_form)]",
 )
 
 
@@ -111,12 +132,18 @@ def refuse_misplaced_names(entries: tuple[InputEntry, ...]) -> tuple[InputEntry,
             raise problem(f"two inputs are named {shown(str(name))}", "a keyword is given once")
         if name is not None:
             names.append(name)
-        if isinstance(entry, tuple) and _named(entry):
+        if not isinstance(entry, InputSpec) and any(part.name is not None for part in tensors_of([entry])):
+            inside = "mapping" if isinstance(entry, dict) else "tuple"
             raise problem(
-                "a tensor inside a tuple has a name", "only a whole argument can be passed by keyword"
+                f"a tensor inside a {inside} has a name", "only a whole argument can be passed by keyword"
             )
     return entries
 
 
-def _named(entry: InputEntry) -> bool:
-    return entry.name is not None if isinstance(entry, InputSpec) else any(map(_named, entry))
+def tensors_of(entries: Iterable[InputEntry]) -> Iterator[InputSpec]:
+    """Every tensor that the entries describe, those within tuples and mappings too."""
+    for entry in entries:
+        if isinstance(entry, InputSpec):
+            yield entry
+        else:
+            yield from tensors_of(entry.values() if isinstance(entry, dict) else entry)

@@ -36,6 +36,11 @@ def json_schema() -> dict[str, Any]:
     schema["anyOf"] = [*_ALONE, {"type": "object", "properties": {"groups": _TWO_OR_MORE}}]
     parts["FreeValue"] = {}
     parts["InputSpec"]["oneOf"] = [{"required": ["shape"]}, {"required": ["file", "key"]}]
+    # {shape: []} is a tensor; to a schema it could be a dict with an empty tuple, too.
+    parts["InputEntry"]["anyOf"] = parts["InputEntry"].pop("oneOf")
+    for form in parts["InputEntry"]["anyOf"]:
+        if form.get("type") == "object":
+            form["minProperties"] = 1
     parts["ExtraMapping"]["oneOf"] = [{"required": ["sequence", "fuser"]}, {"required": ["treat", "as"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fusecli spec"}
 

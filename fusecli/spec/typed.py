@@ -19,6 +19,9 @@ _INPUT = re.compile(
 )
 _FILE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<file>.+\.safetensors):(?P<key>.+)")
 
+_COMMA = re.compile(r",\s*(?=[A-Za-z_]\w*=|$)")
+_NAMED = re.compile(r"[A-Za-z_]\w*=")
+
 
 def spec_from_options(
     path: Path | None,
@@ -42,7 +45,8 @@ def spec_from_options(
     """The spec in the file at `path`, or an empty one, with what was typed in place of what it says.
 
     model   "pkg.module:factory" or "net.py:Net(width=8)", relative to the working folder
-    inputs  "2x3x224x224", "2x16:int64:0..1000", "mask=2x16:bool", "samples.safetensors:images"
+    inputs  "2x3x224x224", "2x16:int64:0..1000", "mask=2x16:bool", "samples.safetensors:images"; a dict is
+            "image=1x3x8x8,mask=1x8x8"
 
     Raises UsageError for what is no model or no input.
     """
@@ -132,6 +136,23 @@ def _plain(value: Any) -> Any:
 
 
 def _input(text: str, *, absolute: bool) -> dict[str, Any]:
+    """The entry that `text` is; names with commas between them are a dict, one name has a comma behind it."""
+    first, *others = _COMMA.split(text)
+    if not others or not _NAMED.match(first):
+        return _tensor(text, absolute=absolute)
+    found: dict[str, Any] = {}
+    for part in [first, *filter(None, others)]:
+        entry = _tensor(part, absolute=absolute)
+        name = entry.pop("name", None)
+        if name is None or name in found:
+            what = f"'{name}' is given twice" if name else f"'{part}' has no name"
+            fix = "write a dict as image=1x3x8x8,mask=1x8x8:bool"
+            raise UsageError(Problem(what, "--input", fix))
+        found[name] = entry
+    return found
+
+
+def _tensor(text: str, *, absolute: bool) -> dict[str, Any]:
     if (read := _FILE.fullmatch(text)) is not None:
         file = str(Path(read["file"]).resolve()) if absolute else read["file"]
         return _without_none({**read.groupdict(), "file": file})

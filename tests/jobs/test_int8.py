@@ -96,7 +96,7 @@ TYPES = (5, "x", [], {}, None, [1], {"a": 1}, True, KeyError)
 DAMAGES = [
     *((("equalize",), to) for to in TYPES if to is not True),
     *((("correct_bias",), to) for to in TYPES if to is not True),
-    *((("input_sha256",), to) for to in TYPES if to != "x"),
+    *((("input_sha256",), to) for to in (*TYPES, "5f" * 31, "5F" * 32)),
     *((("ops",), to) for to in TYPES if to != []),
     *((("int8",), to) for to in TYPES),
     *((("int8", "options"), to) for to in (*TYPES, {"observer": "minmax"}, {"threshold": {}})),

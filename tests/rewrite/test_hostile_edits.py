@@ -51,7 +51,7 @@ def test_an_edit_that_does_not_fit(edit: Clone | Resize) -> None:
 )
 def test_hints_that_are_none(hints: dict[str, object]) -> None:
     group = {"modules": ["a", "b"], "rule": "conv_bn", "evidence": "observed", "kept": [], "hints": hints}
-    whole = json.loads(Manifest("folded", (), ()).to_json()) | {"groups": [group]}
+    whole = json.loads(Manifest("folded", (), (), "ab" * 32, "cd" * 32).to_json()) | {"groups": [group]}
     with pytest.raises(FusecliError, match="damaged"):
         Manifest.from_json(json.dumps(whole), "file")
 
@@ -62,6 +62,6 @@ def test_hints_that_are_none(hints: dict[str, object]) -> None:
 )
 def test_sizes_that_are_none(sizes: object) -> None:
     edit = {"edit": "resize", "path": "conv", "sizes": sizes}
-    whole = json.loads(Manifest("folded", (), ()).to_json()) | {"edits": [edit]}
+    whole = json.loads(Manifest("folded", (), (), "ab" * 32, "cd" * 32).to_json()) | {"edits": [edit]}
     with pytest.raises(FusecliError, match="damaged"):
         Manifest.from_json(json.dumps(whole), "file")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,6 +91,35 @@ DAMAGED = {
     "versions that are a list": changed(versions=["2.13"]),
     "ties of numbers": changed(ties=[[1, 2]]),
     "a prefix that is text": changed(strip_prefix="module."),
+    "a version that is true": changed(version=True),
+    "a version that is a float": changed(version=1.0),
+    "groups that are a mapping": changed(groups={}),
+    "edits that are a mapping": changed(edits={}),
+    "a rule that is a list": changed(groups=[{**GROUP, "rule": ["conv_bn"]}]),
+    "a rule without a name": changed(groups=[{**GROUP, "rule": ""}]),
+    "a key that is a number": changed(key=3),
+    "a version of torch that is a number": changed(versions={"torch": 2.13}),
+    "a version of nothing": changed(versions={"": "2.13"}),
+    "a tie of one name": changed(ties=[["a.weight"]]),
+    "a tie of a name with itself": changed(ties=[["a.weight", "a.weight"]]),
+    **{
+        f"{field}: {what}": changed(**{field: value})
+        for field in ("input_sha256", "spec_sha256", "adapter_sha256")
+        for what, value in {
+            "text": "nonsense",
+            "63 digits": "a" * 63,
+            "65 digits": "a" * 65,
+            "a line more": "a" * 64 + "\n",
+            "no digits": "g" * 64,
+            "capitals": "A" * 64,
+            "a number": 5,
+            "none": None,
+            "a list": ["a" * 64],
+            "false": False,
+        }.items()
+    },
+    "no digest of the input": changed(input_sha256=""),
+    "no digest of the spec": changed(spec_sha256=""),
 }
 
 
@@ -133,6 +163,6 @@ def test_the_same_work_gives_the_same_text() -> None:
 
 def test_the_result_of_a_fuser_is_not_written() -> None:
     opaque = Opaque("x", ("x", "y"), "pkg:fuser", nn.Linear(2, 2))
-    text = Manifest("folded", (), (opaque,)).to_json()
+    text = replace(MANIFEST, edits=(opaque,)).to_json()
     assert "result" not in text
     assert Manifest.from_json(text, "").edits == (Opaque("x", ("x", "y"), "pkg:fuser"),)

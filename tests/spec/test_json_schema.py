@@ -43,9 +43,17 @@ def _typed(schema: dict[str, Any], value: object) -> bool:
 def _filled(schema: dict[str, Any], value: object) -> bool:
     if isinstance(value, dict):
         known = schema.get("properties", {})
-        closed = schema.get("additionalProperties") is False
-        return all(key in value for key in schema.get("required", [])) and all(
-            accepts(known[key], item) if key in known else not closed for key, item in value.items()
+        others = schema.get("additionalProperties", True)
+        filled = len(value) >= schema.get("minProperties", 0)
+        return (
+            filled
+            and all(key in value for key in schema.get("required", []))
+            and all(
+                accepts(known.get(key, others), item)
+                if key in known or others not in (True, False)
+                else others
+                for key, item in value.items()
+            )
         )
     if isinstance(value, list):
         items = schema.get("items", {})
@@ -62,6 +70,8 @@ def test_what_people_write_is_valid() -> None:
         {"groups": [["conv1", "bn1"], {"modules": ["a", "b"], "eps": 1e-3, "stride": 2}]},
         {"groups": [[1.1, None], {"modules": [0, 1], "stride": [2, 1], "kind": "linear"}]},
         {"inputs": [{"shape": [1]}, [{"file": "a", "key": "b"}, [{"shape": []}]]]},
+        {"inputs": [{"image": {"shape": [1]}, "file": {"file": "a", "key": "b"}}]},
+        {"inputs": [{"a": [{"shape": [1]}, {"b": {"shape": []}}]}]},
         {"model": {"factory": "a:b", "kwargs": {"x": [1, {"y": None}]}}},
         {"extra_mappings": [{"treat": "a.B", "as": "c.D"}, {"sequence": ["a.B", "c.D"], "fuser": "e:f"}]},
         {"discover": True, "bake": True, "groups": [["conv1"], ["a", "b"]]},
@@ -91,6 +101,11 @@ def test_what_fusecli_refuses_is_invalid() -> None:
         {"groups": [{"modules": ["a", "b"], "kind": "conv"}]},
         {"inputs": [{"dtype": "int64"}]},
         {"inputs": [{"shape": [0]}]},
+        {"inputs": [{}]},
+        {"inputs": [{"image": {}}]},
+        {"inputs": [{"image": {"shpe": [1]}}]},
+        {"inputs": [{"image": {"shape": [1]}, "mask": 3}]},
+        {"inputs": [{"image": [1, 2]}]},
         {"inputs": [{"shape": [1], "file": "a", "key": "b"}]},
         {"extra_mappings": [{"treat": "a.B", "as_": "c.D"}]},
         {"verify": {"samples": 0}},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fusecli.spec import Spec
+from fusecli.spec import InputSpec, Spec
 
 Read = Callable[[str | bytes], Spec]
 Wrong = Callable[[str | bytes], list[str]]
@@ -188,6 +188,33 @@ REFUSED = {
         "1:1: two inputs are named 'a'",
     ),
     "name in a tuple": ("inputs:\n- [{shape: [1], name: a}]", "1:1: a tensor inside a tuple has a name"),
+    "a slip in a mapping": (
+        "inputs:\n- {image: {shape: [1]}, mask: {shpe: [1]}}",
+        "2:32: key 'shpe' is unknown; did you mean 'shape'?",
+    ),
+    "a slip far inside": (
+        "inputs:\n- {a: [{b: {shape: [1], dtype: flot32}}]}",
+        "2:32: dtype 'flot32' is unknown; did you mean 'float32'?",
+    ),
+    "a name that holds no entry": (
+        "inputs:\n- {image: {shape: [1]}, mask: 3}",
+        "2:31: a mapping is expected",
+    ),
+    "a tensor beside its own keys": (
+        "inputs:\n- {shape: [1], image: {shape: [1]}}",
+        "2:16: key 'image' is unknown",
+    ),
+    "sizes without their key": ("inputs:\n- {image: [1, 3]}", "2:4: key 'image' is unknown"),
+    "an empty mapping": ("inputs:\n- {}", "2:3: an input has a shape or a file"),
+    "an empty entry of a mapping": ("inputs:\n- {image: {}}", "2:4: an input has a shape or a file"),
+    "name in a mapping": (
+        "inputs:\n- {image: {shape: [1], name: a}}",
+        "1:1: a tensor inside a mapping has a name",
+    ),
+    "a mapping behind a name": (
+        "inputs:\n- {shape: [1], name: a}\n- {image: {shape: [1]}}",
+        "1:1: a positional input stands after a named one",
+    ),
     "no keyword": (
         "inputs:\n- {shape: [1], name: a-b}",
         "2:22: 'a-b' cannot be the name of a forward argument",
@@ -247,6 +274,27 @@ def test_nothing_needs_to_be_said(read: Read) -> None:
     assert read("{}") == Spec()
     assert read("version: 1\nmodel: null\ncheckpoint: {key: ~}\nassume: {eps: }\n") == Spec()
     assert (Spec().verify.seed, Spec().verify.samples) == (0, 4)
+
+
+def test_an_input_may_be_a_dict_of_inputs(read: Read) -> None:
+    """A name of the dict may be a key of an entry: what it holds tells which of them it is."""
+    text = """
+inputs:
+- image: {shape: [2, 3]}
+  shape: {shape: [], dtype: int64, range: [0, 5]}
+  file: {file: a.safetensors, key: b}
+  1: [{shape: [1]}, {inner: {shape: [4]}}]
+- {shape: [7], name: scale}
+"""
+    batch, scale = read(text).inputs
+    assert isinstance(batch, dict)
+    assert list(batch) == ["image", "shape", "file", "1"]
+    assert batch["image"] == InputSpec(shape=(2, 3))
+    assert batch["shape"] == InputSpec(shape=(), dtype="int64", range=(0, 5))
+    assert batch["file"] == InputSpec(file="a.safetensors", key="b")
+    assert batch["1"] == (InputSpec(shape=(1,)), {"inner": InputSpec(shape=(4,))})
+    assert isinstance(scale, InputSpec)
+    assert scale.name == "scale"
 
 
 @pytest.mark.parametrize(

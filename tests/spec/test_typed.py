@@ -109,6 +109,28 @@ def test_an_input(text: str) -> None:
     assert entry.model_dump(exclude_defaults=True) == INPUTS[text]
 
 
+DICTS: dict[str, dict[str, Any]] = {
+    "image=1x3x8x8,mask=1x8x8:bool": {
+        "image": {"shape": (1, 3, 8, 8)},
+        "mask": {"shape": (1, 8, 8), "dtype": "bool"},
+    },
+    "ids=2x9:int64:0..9, mask=2x9": {
+        "ids": {"shape": (2, 9), "dtype": "int64", "range": (0, 9)},
+        "mask": {"shape": (2, 9)},
+    },
+    "image=1x3,": {"image": {"shape": (1, 3)}},
+    "a=x.safetensors:k,l,shape=2": {"a": {"file": "x.safetensors", "key": "k,l"}, "shape": {"shape": (2,)}},
+}
+
+
+@pytest.mark.parametrize("text", DICTS)
+def test_an_input_that_is_a_dict(text: str) -> None:
+    (entry,) = spec_from_options(None, inputs=[text]).inputs
+    assert isinstance(entry, dict)
+    held = {name: item.model_dump(exclude_defaults=True) for name, item in entry.items()}  # type: ignore[union-attr]
+    assert held == DICTS[text]
+
+
 SHAPES = "write 2x3x224x224, 2x16:int64:0..1000, mask=2x16:bool or samples.safetensors:images"
 
 
@@ -130,6 +152,10 @@ SHAPES = "write 2x3x224x224, 2x16:int64:0..1000, mask=2x16:bool or samples.safet
         ("2x3:1-2..5", "has no range", "write low..high: 0..1000, -1.5..1.5"),
         ("0x3", "at least 1", ""),
         ("99999x99999", "more than 2**31", ""),
+        ("a=2x3,a=2x3", "'a' is given twice", "image=1x3x8x8,mask=1x8x8:bool"),
+        ("a=2x3,4x5", "describes no tensor", SHAPES),
+        ("a=2x3,b=2*3", "describes no tensor", SHAPES),
+        ("a=2x3:f32,b=1", "dtype 'f32' is unknown", "float32"),
         ("2x3:f32", "dtype 'f32' is unknown", "float32"),
         ("2x3:int64:5..1", "low < high", "[0, 1000]"),
         ("2x3:uint8:0..300", "does not fit uint8", "[0, 256)"),
