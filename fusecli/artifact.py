@@ -14,6 +14,7 @@ from fusecli import rewrite
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
+from fusecli.graph.followers import LeftBehind, following
 from fusecli.outcome import Mode
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
 
@@ -117,10 +118,16 @@ def replay(model: nn.Module, edits: Iterable[Edit], where: str) -> None:
         ) from error
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
-    """Loads every tensor in its stored dtype; parameters that were one object stay one.
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Any], where: str, joined: Collection[str] = ()
+) -> None:
+    """Loads every tensor in its stored dtype. What the model keeps of them elsewhere (a list, a view, a
+    closure) has the loaded numbers too, and parameters that were one object stay one, with the last one's.
 
-    Raises UsageError naming missing and unexpected keys and shapes that differ.
+    joined  names of tensors that share memory, and go on to
+
+    Raises UsageError naming missing and unexpected keys, shapes that differ, and what cannot be loaded so
+    that all who look at it see it.
     """
     expected = model.state_dict()
     # A counter of training batches: old checkpoints have none, and inference does not read it.
@@ -134,12 +141,13 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str) -> Non
         key: _at_home(value, expected[key]) if isinstance(value, Tensor) else value
         for key, value in state.items()
     }
+    del expected  # it looks at the memory that the model was built with
     try:
-        missing = [
-            key
-            for key in model.load_state_dict(moved, strict=False, assign=True).missing_keys
-            if key in needed
-        ]
+        with following(model, joined):
+            outcome = model.load_state_dict(moved, strict=False, assign=True)
+        missing = [key for key in outcome.missing_keys if key in needed]
+    except LeftBehind as left:
+        raise UsageError(Problem(str(left), where, left.remedy)) from left
     except RuntimeError as error:
         raise UsageError(Problem(str(error).partition("\n\t")[2] or str(error), where)) from error
     assert not missing
@@ -193,9 +201,10 @@ def ties_of(model: nn.Module) -> list[list[str]]:
 
 
 def tie(model: nn.Module, ties: list[list[str]]) -> None:
-    """Makes one parameter of each list of names again: that of the first."""
-    for first, *others in ties:
-        parameter = model.get_parameter(first)
+    """Makes one parameter of each list of names again: that of the last, which load_state_dict copies
+    last."""
+    for *others, last in ties:
+        parameter = model.get_parameter(last)
         for name in others:
             path, _, attribute = name.rpartition(".")
             model.get_submodule(path)._parameters[attribute] = parameter

@@ -21,7 +21,7 @@ from fusecli.equivalence.noise import narrowest
 from fusecli.equivalence.run import float64_arithmetic, run
 from fusecli.equivalence.subject import Subject
 from fusecli.errors import RefusedError
-from fusecli.graph.materialise import duplicate
+from fusecli.graph.followers import widened
 from fusecli.jobs.fold import Fold
 from fusecli.jobs.source import Source
 from fusecli.outcome import GroupReport, Judgement, Verdict
@@ -112,7 +112,7 @@ def float64_fold(original: nn.Module, decisions: Sequence[Decision]) -> nn.Modul
 
     Raises RefusedError where float64 weights cannot be fused: the caller has fused them in a narrower dtype.
     """
-    twin = duplicate(original).double()
+    twin = widened(original)
     with float64_arithmetic():  # what computes a weight is run here too
         _, refused = fuse_tree(ModuleTree(twin), decisions)
     if refused:

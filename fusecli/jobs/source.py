@@ -20,6 +20,7 @@ from fusecli.consent import Consent, load_class, load_object
 from fusecli.engine import CustomFuser, Group, Vocabulary, bake_tree, separate
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import duplicate, with_tensors
+from fusecli.graph.memory import same_memory
 from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
 from fusecli.jobs.adapter import Adapter, dress, open_adapter, require_known
 from fusecli.outcome import LedgerEntry
@@ -116,9 +117,10 @@ class Source:
         assert self.build is not None
         model = self.build()
         self._prepare(model)
-        load_strictly(
-            model, loaded(replace(self.checkpoint, tensors=self.tensors)), str(self.checkpoint.path)
-        )
+        state = loaded(replace(self.checkpoint, tensors=self.tensors))
+        # As users load it: what shares memory has the numbers that are copied last.
+        joined = {name for names in same_memory(model) for name in names}
+        load_strictly(model, state, str(self.checkpoint.path), joined)
         model.eval()
         return model
 
