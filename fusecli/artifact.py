@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fusecli import rewrite
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
 from fusecli.graph.followers import LeftBehind, following
+from fusecli.graph.loading import adapts_names, versions_of
 from fusecli.outcome import Mode
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
 
@@ -63,7 +68,10 @@ def load_into(
         model.eval()  # as the members were when fuse called the fuser
         edits = tuple(_with_fuser(edit, model, consent(), folder, manifest.mode) for edit in edits)
     replay(model, edits, where)
-    state = {name: value for name, value in loaded(artifact).items() if name not in manifest.learned}
+    state = loaded(artifact)
+    for name in manifest.learned:
+        state.pop(name, None)
+    state._metadata = versions_of(model)  # type: ignore[attr-defined]
     load_strictly(model, state, where)
     custom = any(isinstance(edit, Opaque) for edit in edits)
     ModuleTree(model).note_groups({group.planned: group.rule for group in manifest.groups}, custom=custom)
@@ -89,11 +97,13 @@ def artifact_at(path: Path) -> Checkpoint | None:
     return checkpoint if rewrite.MANIFEST_KEY in checkpoint.metadata else None
 
 
-def loaded(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Every entry of a checkpoint's state dict, as memory of our own: the file may go away."""
-    return {name: stored.load().clone() for name, stored in checkpoint.tensors.items()} | dict(
-        checkpoint.others
-    )
+def loaded(checkpoint: Checkpoint) -> OrderedDict[str, Any]:
+    """The checkpoint's state dict, as memory of our own: the file may go away."""
+    state = OrderedDict((name, stored.load().clone()) for name, stored in checkpoint.tensors.items())
+    state.update(copy.deepcopy(dict(checkpoint.others)))
+    if checkpoint.versions:
+        state._metadata = checkpoint.versions  # type: ignore[attr-defined]
+    return state
 
 
 def replay(model: nn.Module, edits: Iterable[Edit], where: str) -> None:
@@ -129,29 +139,47 @@ def load_strictly(
     Raises UsageError naming missing and unexpected keys, shapes that differ, and what cannot be loaded so
     that all who look at it see it.
     """
+    require_shapes(model)
     expected = model.state_dict()
     # A counter of training batches: old checkpoints have none, and inference does not read it.
     needed = {key for key in expected if not key.endswith("num_batches_tracked")}
     problems = _differences(needed - state.keys(), state.keys() - expected.keys(), expected.keys(), where)
     problems += _shapes(state, expected, where)
-    if problems:
+    if problems and not adapts_names(model):
         raise UsageError(*problems)
     ties = ties_of(model)
-    moved = {
-        key: _at_home(value, expected[key]) if isinstance(value, Tensor) else value
+    moved = OrderedDict(
+        (key, _at_home(value, expected.get(key)) if isinstance(value, Tensor) else value)
         for key, value in state.items()
-    }
+    )
+    if (versions := getattr(state, "_metadata", None)) is not None:
+        moved._metadata = versions  # type: ignore[attr-defined]
+    known = list(expected)
     del expected  # it looks at the memory that the model was built with
     try:
         with following(model, joined):
             outcome = model.load_state_dict(moved, strict=False, assign=True)
-        missing = [key for key in outcome.missing_keys if key in needed]
     except LeftBehind as left:
         raise UsageError(Problem(str(left), where, left.remedy)) from left
     except RuntimeError as error:
         raise UsageError(Problem(str(error).partition("\n\t")[2] or str(error), where)) from error
-    assert not missing
+    except Exception as error:  # whatever somebody's loading code may raise
+        what = f"{type(model).__name__} cannot load it: {type(error).__name__}: {error}"
+        raise UsageError(Problem(what, where, "load_state_dict ends so too")) from error
+    missing = needed.intersection(outcome.missing_keys)
+    if missing or outcome.unexpected_keys:
+        raise UsageError(*_differences(missing, outcome.unexpected_keys, known, where))
     tie(model, ties)
+
+
+def require_shapes(model: nn.Module) -> None:
+    """Raises UsageError for a model with lazy layers that have not run yet."""
+    lazy = [
+        name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if is_lazy(tensor)
+    ]
+    if lazy:
+        fix = "let the factory run the model once before it returns it"
+        raise UsageError(Problem(f"{_some(lazy)} has no shape yet", type(model).__name__, fix))
 
 
 def _at_home(tensor: Tensor, place: Any) -> Tensor:

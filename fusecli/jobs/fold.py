@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecli.algebra.blocks import undivided
-from fusecli.checkpoint import write_pt, write_safetensors
+from fusecli.checkpoint import in_text, write_pt, write_safetensors
 from fusecli.engine import Decision, Group, Plan, alone, baking, compute, owning, plan, refusal
 from fusecli.errors import NotFoldable, Problem, UsageError
 from fusecli.graph.kinds import kind_of
@@ -169,12 +169,21 @@ def write_fold(
         def metadata() -> dict[str, str]:
             return {MANIFEST_KEY: manifest(digest()).to_json()}
 
+        others = extra_state(fold)
         if fmt == "safetensors":
-            promised = {MANIFEST_KEY: manifest("0" * 64).to_json()}
-            write_safetensors(path, fold.layout, tensors, promised, final=metadata)
+            text = in_text(others)
+            promised = {MANIFEST_KEY: manifest("0" * 64).to_json(), **text}
+            write_safetensors(path, fold.layout, tensors, promised, final=lambda: {**metadata(), **text})
         else:
             arrived = dict(tensors)
-            write_pt(path, {name: arrived[name] for name in fold.layout}, metadata())
+            write_pt(path, {name: arrived[name] for name in fold.layout}, metadata(), others)
+
+
+def extra_state(fold: Fold) -> dict[str, object]:
+    """What the checkpoint holds beside its tensors, by its names in the artifact."""
+    keymap = fold.keymap
+    named = ((keymap(key), value) for key, value in fold.source.checkpoint.others.items())
+    return {name: value for name, value in named if name is not None}
 
 
 def apply_to_skeleton(fold: Fold) -> list[LedgerEntry]:
