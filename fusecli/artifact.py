@@ -99,7 +99,9 @@ def artifact_at(path: Path) -> Checkpoint | None:
 
 def loaded(checkpoint: Checkpoint) -> OrderedDict[str, Any]:
     """The checkpoint's state dict, as memory of our own: the file may go away."""
-    state = OrderedDict((name, stored.load().clone()) for name, stored in checkpoint.tensors.items())
+    state: OrderedDict[str, Any] = OrderedDict(
+        (name, stored.load().clone()) for name, stored in checkpoint.tensors.items()
+    )
     state.update(copy.deepcopy(dict(checkpoint.others)))
     if checkpoint.versions:
         state._metadata = checkpoint.versions  # type: ignore[attr-defined]

@@ -113,7 +113,7 @@ class _Memory:
     def follow(self, visible: list[Tensor], model: nn.Module) -> None:
         """Gives the numbers that stand in the places to everybody who looks at this memory."""
         moved = self.moved
-        storage: Any = torch.UntypedStorage._new_with_weak_ptr(self.key)  # type: ignore[attr-defined]
+        storage: Any = torch.UntypedStorage._new_with_weak_ptr(self.key)
         for place, now in moved:
             if now.device != storage.device:
                 what = f"{place.name} is on {storage.device}, and the model keeps it{self._also(model)} too"
@@ -141,7 +141,7 @@ class _Memory:
         whole = _view(storage, old, (0, (storage.nbytes() // old.itemsize,), (1,))).to(new)
         wide: Any = whole.untyped_storage()
         for tensor in visible:
-            layout = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+            layout = int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
             tensor.data = _view(wide, new, layout)
         return wide
 
@@ -175,7 +175,7 @@ def _watched(model: nn.Module, joined: Collection[str]) -> list[_Memory]:
 
 
 def _view(storage: Any, dtype: torch.dtype, layout: tuple[int, tuple[int, ...], tuple[int, ...]]) -> Tensor:
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, *layout)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, *layout)
 
 
 def _visible(keys: set[Any]) -> dict[Any, list[Tensor]]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from fusecli.graph.stand_in import hints_of
 from fusecli.jobs.learned import Learned, learned
 from fusecli.jobs.source import Source
 from fusecli.jobs.weight_ranges import Ranges, weight_range
-from fusecli.outcome import GroupReport, LedgerEntry, Refusal
+from fusecli.outcome import GroupReport, LedgerEntry, Refusal, Unfused
 from fusecli.rewrite import (
     MANIFEST_KEY,
     GroupRecord,
@@ -38,6 +38,7 @@ from fusecli.rewrite import (
     apply_edits,
 )
 
+_No = TypeVar("_No", Refusal, Unfused)
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -101,7 +102,8 @@ def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group], run: Run
         if not refused:
             raise
     if refused:
-        raise Refused(_in_order(refused, groups))
+        told = [still_computed(no, source.unbakeable) for no in refused]
+        raise Refused(_in_order(told, groups))
     tree = ModuleTree(skeleton)
     fold = Fold(
         source=source,
@@ -124,6 +126,20 @@ def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group], run: Run
     )
     fold.layout = _layout(fold)
     return fold
+
+
+def still_computed(no: _No, unbakeable: Mapping[str, str]) -> _No:
+    """The refusal, with why `bake: true` has not helped."""
+    group: tuple[str, ...] = no.group if isinstance(no, Refusal) else ()
+    found: dict[str, str] = {path: why for path, why in unbakeable.items() if not group or path in group}
+    if no.code != "parametrized" or not found:
+        return no
+    return replace(
+        no,
+        reason=f"{no.reason}, and forward reads those too",
+        evidence=(*no.evidence, *(f"{path} made plain: {why}" for path, why in found.items())),
+        remedy="leave the group out; `bake: true` makes the other layers plain",
+    )
 
 
 def _planned(

@@ -42,6 +42,7 @@ class Source:
 
     owns   modules that share their tensors in that class, and are given a copy of their own
     bakes  layers whose weight is computed, and that are made plain, with the rule that does it
+    unbakeable  layers that stay computed, and why the model does not run with plain ones
     adapter  what is added to the model of that class, before anything is made of it
     trained  what quantization-aware training had made of the checkpoint, before it was read as a float one
     reading  how the model reads the checkpoint; None: by the names that it has
@@ -53,6 +54,7 @@ class Source:
     ledger: list[LedgerEntry] = field(default_factory=list)
     owns: list[str] = field(default_factory=list)
     bakes: dict[str, str] = field(default_factory=dict)
+    unbakeable: dict[str, str] = field(default_factory=dict)
     adapter: Adapter | None = None
     trained: Trained | None = None
     reading: Reading | None = None
