@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fusecli import rewrite
 from fusecli.blame import code_failed
 from fusecli.checkpoint import AVERAGED, Checkpoint, open_checkpoint
 from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
+from fusecli.graph.followers import LeftBehind, following
+from fusecli.graph.loading import adapts_names, versions_of
 from fusecli.outcome import Mode
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
 
@@ -63,7 +69,10 @@ def load_into(
         model.eval()  # as the members were when fuse called the fuser
         edits = tuple(_with_fuser(edit, model, consent(), folder, manifest.mode) for edit in edits)
     replay(model, edits, where)
-    state = {name: value for name, value in loaded(artifact).items() if name not in manifest.learned}
+    state = loaded(artifact)
+    for name in manifest.learned:
+        state.pop(name, None)
+    state._metadata = versions_of(model)  # type: ignore[attr-defined]
     load_strictly(model, state, where)
     custom = any(isinstance(edit, Opaque) for edit in edits)
     ModuleTree(model).note_groups({group.planned: group.rule for group in manifest.groups}, custom=custom)
@@ -89,11 +98,15 @@ def artifact_at(path: Path) -> Checkpoint | None:
     return checkpoint if rewrite.MANIFEST_KEY in checkpoint.metadata else None
 
 
-def loaded(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Every entry of a checkpoint's state dict, as memory of our own: the file may go away."""
-    return {name: stored.load().clone() for name, stored in checkpoint.tensors.items()} | dict(
-        checkpoint.others
+def loaded(checkpoint: Checkpoint) -> OrderedDict[str, Any]:
+    """The checkpoint's state dict, as memory of our own: the file may go away."""
+    state: OrderedDict[str, Any] = OrderedDict(
+        (name, stored.load().clone()) for name, stored in checkpoint.tensors.items()
     )
+    state.update(copy.deepcopy(dict(checkpoint.others)))
+    if checkpoint.versions:
+        state._metadata = checkpoint.versions  # type: ignore[attr-defined]
+    return state
 
 
 def replay(model: nn.Module, edits: Iterable[Edit], where: str) -> None:
@@ -118,36 +131,61 @@ def replay(model: nn.Module, edits: Iterable[Edit], where: str) -> None:
         ) from error
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
-    """Loads every tensor in its stored dtype; parameters that were one object stay one.
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Any], where: str, joined: Collection[str] = ()
+) -> None:
+    """Loads every tensor in its stored dtype. What the model keeps of them elsewhere (a list, a view, a
+    closure) has the loaded numbers too, and parameters that were one object stay one, with the last one's.
 
-    Raises UsageError naming missing and unexpected keys and shapes that differ.
+    joined  names of tensors that share memory, and go on to
+
+    Raises UsageError naming missing and unexpected keys, shapes that differ, and what cannot be loaded so
+    that all who look at it see it.
     """
+    require_shapes(model)
     expected = model.state_dict()
     # Counters of training: old checkpoints have none, and inference does not read them.
     needed = {key for key in expected if key != AVERAGED and not key.endswith("num_batches_tracked")}
     problems = _differences(needed - state.keys(), state.keys() - expected.keys(), expected.keys(), where)
     problems += _shapes(state, expected, where)
     problems += _integers(state, dict(model.named_parameters(remove_duplicate=False)), where)
-    if problems:
+    if problems and not adapts_names(model):
         raise UsageError(*problems)
     ties = ties_of(model)
-    moved = {
-        key: _at_home(value, expected[key]) if isinstance(value, Tensor) else value
+    moved = OrderedDict(
+        (key, _at_home(value, expected.get(key)) if isinstance(value, Tensor) else value)
         for key, value in state.items()
-    }
+    )
+    if (versions := getattr(state, "_metadata", None)) is not None:
+        moved._metadata = versions  # type: ignore[attr-defined]
+    known = list(expected)
+    del expected  # it looks at the memory that the model was built with
     try:
-        missing = [
-            key
-            for key in model.load_state_dict(moved, strict=False, assign=True).missing_keys
-            if key in needed
-        ]
+        with following(model, joined):
+            outcome = model.load_state_dict(moved, strict=False, assign=True)
+    except LeftBehind as left:
+        raise UsageError(Problem(str(left), where, left.remedy)) from left
     except RuntimeError as error:
         said = str(error).partition("\n\t")[2].strip() or str(error)
         fix = "check that the file belongs to this model, and what the model's own loading hooks ask for"
         raise UsageError(Problem(f"the model does not take its tensors: {said}", where, fix)) from error
-    assert not missing
+    except Exception as error:  # whatever somebody's loading code may raise
+        what = f"{type(model).__name__} cannot load it: {type(error).__name__}: {error}"
+        raise UsageError(Problem(what, where, "load_state_dict ends so too")) from error
+    missing = needed.intersection(outcome.missing_keys)
+    if missing or outcome.unexpected_keys:
+        raise UsageError(*_differences(missing, outcome.unexpected_keys, known, where))
     tie(model, ties)
+
+
+def require_shapes(model: nn.Module) -> None:
+    """Raises UsageError for a model with lazy layers that have not run yet."""
+    lazy = [
+        name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if is_lazy(tensor)
+    ]
+    if lazy:
+        fix = "let the factory run the model once before it returns it"
+        raise UsageError(Problem(f"{_some(lazy)} has no shape yet", type(model).__name__, fix))
 
 
 def _at_home(tensor: Tensor, place: Any) -> Tensor:
@@ -226,9 +264,10 @@ def ties_of(model: nn.Module) -> list[list[str]]:
 
 
 def tie(model: nn.Module, ties: list[list[str]]) -> None:
-    """Makes one parameter of each list of names again: that of the first."""
-    for first, *others in ties:
-        parameter = model.get_parameter(first)
+    """Makes one parameter of each list of names again: that of the last, which load_state_dict copies
+    last."""
+    for *others, last in ties:
+        parameter = model.get_parameter(last)
         for name in others:
             path, _, attribute = name.rpartition(".")
             model.get_submodule(path)._parameters[attribute] = parameter

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from fusecli.checkpoint.digest import sha256_file
+from fusecli.checkpoint.extra_state import EXTRA_STATE
+from fusecli.checkpoint.header import parse_json
 from fusecli.checkpoint.mapped import map_safetensors, map_shards
 from fusecli.checkpoint.nesting import Choice, choose_state
 from fusecli.checkpoint.pickled import load_pickled
@@ -40,6 +42,7 @@ class Checkpoint:
     others    entries of the state dict that are no tensors (extra state)
     ties      names that are the very same memory
     metadata  what the file says of itself; under "fusecli" the manifest of an artifact
+    versions  of which version the tensors of each module are, for the code that loads them
     module    the whole pickled module (only with allow_pickle); `tensors` share its memory
     files     every file that was opened: the path itself and, for an index, its shards
     """
@@ -54,7 +57,18 @@ class Checkpoint:
     notices: tuple[str, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     module: nn.Module | None = None
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """This checkpoint with other names: a model may have what looked like a wrapper's prefix."""
+        return replace(
+            self,
+            tensors=_renamed(self.tensors, names),
+            others={names.get(name, name): value for name, value in self.others.items()},
+            ties=tuple(tuple(names[name] for name in tie) for tie in self.ties),
+            versions=_versions(self.versions, names),
+        )
 
     @cached_property
     def nbytes(self) -> int:
@@ -124,7 +138,7 @@ def _open_mapped(path: Path, kind: Kind, key: str | None, strip_prefix: Sequence
     final = MANIFEST in mapped.metadata
     found, average = (dict(mapped.tensors), ()) if final else _averaged(mapped.tensors)
     renaming = _rename(path, found, found, strip_prefix, final)
-    tensors = _renamed(found, renaming)
+    tensors = _renamed(found, renaming.names)
     return Checkpoint(
         path=path,
         format=kind.value,
@@ -132,6 +146,7 @@ def _open_mapped(path: Path, kind: Kind, key: str | None, strip_prefix: Sequence
         files=mapped.files,
         prefixes=renaming.prefixes,
         notices=(*average, *_remarks(tensors, renaming)),
+        others=_extra_state(path, mapped.metadata),
         metadata=mapped.metadata,
     )
 
@@ -146,7 +161,7 @@ def _open_state(path: Path, kind: Kind, choice: Choice, strip_prefix: Sequence[s
     found, average = (found, ()) if final else _averaged(found)
     kept = {name: value for name, value in state.items() if name in found or not _is_tensor(value)}
     renaming = _rename(path, kept, found, strip_prefix, final)
-    tensors = _renamed({name: store(name, value, path) for name, value in found.items()}, renaming)
+    tensors = _renamed({name: store(name, value, path) for name, value in found.items()}, renaming.names)
     return Checkpoint(
         path=path,
         format=kind.value if module is None else f"pickled module ({kind.value.split()[0]})",
@@ -158,6 +173,7 @@ def _open_state(path: Path, kind: Kind, choice: Choice, strip_prefix: Sequence[s
         notices=(*choice.notices, *average, *_remarks(tensors, renaming), *_mode(module)),
         ties=find_ties({renaming.names[name]: value for name, value in found.items()}),
         metadata=_manifest(state),
+        versions=_versions(_versions_in(state), renaming.names),
         module=module,
     )
 
@@ -171,18 +187,39 @@ def _rename(
     """
     if final:
         return Renaming({name: name for name in state}, ())
-    renaming = strip_prefixes(path, found, extra)
-    names = dict(renaming.names)
-    for other in state:
-        name = other
-        for prefix in renaming.prefixes:
-            name = name.removeprefix(prefix)
-        names.setdefault(other, name)
-    return Renaming(names, renaming.prefixes)
+    return strip_prefixes(path, found, extra, [name for name in state if name not in found])
 
 
-def _renamed(tensors: Mapping[str, StoredTensor], renaming: Renaming) -> dict[str, StoredTensor]:
-    return {renaming.names[key]: replace(tensors[key], name=renaming.names[key]) for key in tensors}
+def _renamed(tensors: Mapping[str, StoredTensor], names: Mapping[str, str]) -> dict[str, StoredTensor]:
+    return {names[key]: replace(tensors[key], name=names[key]) for key in tensors}
+
+
+def _versions(versions: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The versions of modules, by the paths that they have where tensors are named like this."""
+    found = {}
+    for key, name in names.items():
+        # From the last part on, the modules around a tensor are the same ones.
+        old, new = key.split(".")[:-1], name.split(".")[:-1]
+        while old and new:
+            found[".".join(new)] = versions.get(".".join(old), {})
+            if old.pop() != new.pop():
+                break
+    found.setdefault("", versions.get("", {}))
+    return {path: version for path, version in found.items() if version}
+
+
+def _versions_in(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    metadata = getattr(state, "_metadata", None)
+    if not isinstance(metadata, Mapping) or MANIFEST in metadata:
+        return {}
+    return {path: version for path, version in metadata.items() if isinstance(version, Mapping)}
+
+
+def _extra_state(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
+    """What an artifact holds beside its tensors; other files have metadata of their own."""
+    if MANIFEST not in metadata or EXTRA_STATE not in metadata:
+        return {}
+    return parse_json(path, metadata[EXTRA_STATE].encode(), "extra state")
 
 
 def _is_tensor(value: object) -> bool:

@@ -22,9 +22,12 @@ class Renaming:
     prefixes: tuple[str, ...]
 
 
-def strip_prefixes(path: Path, keys: Iterable[str], extra: Sequence[str] = ()) -> Renaming:
+def strip_prefixes(
+    path: Path, keys: Iterable[str], extra: Sequence[str] = (), followers: Iterable[str] = ()
+) -> Renaming:
     """The names without wrapper prefixes and without those the spec lists.
 
+    `followers` decide nothing, and lose what the keys lose.
     Raises UsageError if no key has a listed prefix, UnsafeError if two keys would get one name.
     """
     names = {key: key for key in keys}
@@ -39,7 +42,13 @@ def strip_prefixes(path: Path, keys: Iterable[str], extra: Sequence[str] = ()) -
             fix = f"remove it from the spec's checkpoint.strip_prefix (keys look like '{near}')"
             raise misused(path, f"no key begins with the prefix '{prefix}'", fix)
     _refuse_collision(path, names)
-    return Renaming(names, tuple(taken))
+    return Renaming({**{key: _without(key, taken) for key in followers}, **names}, tuple(taken))
+
+
+def _without(key: str, taken: Sequence[str]) -> str:
+    for prefix in taken:
+        key = _bare(key) if prefix.removesuffix(".") in _WRAPPERS else key.removeprefix(prefix)
+    return key
 
 
 def _strip_known(names: dict[str, str], taken: list[str]) -> None:

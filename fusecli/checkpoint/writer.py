@@ -132,18 +132,25 @@ def _write_at(handle: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def write_pt(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a plain state dict in the given order; `metadata` goes where torch keeps module versions.
+def write_pt(
+    path: Path,
+    state: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    others: Mapping[str, object] | None = None,
+) -> None:
+    """Writes a plain state dict in the given order, `others` last; `metadata` goes where torch keeps module
+    versions.
 
     Tied tensors stay tied, and a view of a larger tensor takes only its own bytes along.
     """
     compact: dict[tuple[object, ...], torch.Tensor] = {}
-    result: OrderedDict[str, torch.Tensor] = OrderedDict()
+    result: OrderedDict[str, object] = OrderedDict()
     for name, tensor in state.items():
         memory = memory_of(tensor) if tensor.numel() else (name,)
         if memory not in compact:
             compact[memory] = _own(tensor)
         result[name] = compact[memory]
+    result.update(others or {})
     result._metadata = dict(sorted(metadata.items()))  # type: ignore[attr-defined]
     with _Sink(path, "w") as sink:
         try:

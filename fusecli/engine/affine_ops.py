@@ -57,7 +57,13 @@ def _step(call: Call, pair: Pair, constants: Replay) -> Pair:
     rule = _ALGEBRA.get(call.name.rstrip("_"))
     require(rule is not None and "rounding_mode" not in call.kwargs, "not-affine", call.name)
     assert rule is not None
-    return rule(pair, operands, flowing, dict(call.kwargs))
+    return rule(pair, operands, flowing, _options(call))
+
+
+def _options(call: Call) -> dict[str, object]:
+    """What an op is told besides its operands; with a number as operand, alpha comes third."""
+    third = {"alpha": call.args[2]} if len(call.args) > 2 else {}
+    return {**third, **call.kwargs}
 
 
 def _sum(
@@ -88,9 +94,8 @@ def _quotient(pair: Pair, operands: list[Tensor | None], flowing: int, _: Mappin
 
 
 def _reversed(pair: Pair, operands: list[Tensor | None], flowing: int, options: Mapping[str, object]) -> Pair:
-    """rsub: the second operand less the first."""
-    scale, shift = _sum(pair, operands, flowing, options, -1)
-    return -scale, -shift
+    """rsub: the second operand less alpha times the first."""
+    return _sum(pair, operands[::-1], 1 - flowing, options, -1)
 
 
 def _negative(pair: Pair, _: list[Tensor | None], __: int, ___: Mapping[str, object]) -> Pair:

@@ -20,7 +20,7 @@ from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, com
 from fusecli.equivalence.reading import Reading
 from fusecli.equivalence.run import run
 from fusecli.errors import UsageError
-from fusecli.graph.materialise import duplicate
+from fusecli.graph.followers import widened
 from fusecli.outcome import Judgement, Verdict
 from fusecli.sample import Sample
 
@@ -98,7 +98,7 @@ class _Seen:
 
 
 def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) -> Verdict:
-    a, b = duplicate(original).double(), duplicate(fused).double()
+    a, b = widened(original), widened(fused)
     try:
         reference = _answer(a, original, sample, seed)
     except _Fails as fails:

@@ -15,7 +15,7 @@ from fusecli.equivalence.stored import misstored
 from fusecli.equivalence.subject import Subject, with_exact_tensors
 from fusecli.equivalence.training import Names, Training, judge_training
 from fusecli.equivalence.trial import NoTwin, Trial
-from fusecli.graph.materialise import duplicate
+from fusecli.graph.followers import widened
 from fusecli.outcome import Judgement, Verdict
 from fusecli.sample import Sample
 
@@ -28,7 +28,7 @@ def judge(
     Raises UsageError where the original model cannot be run on the samples at all, KeyError where one of the
     models has no module of a group's name.
     """
-    original, fused = duplicate(subject.original).double(), with_exact_tensors(subject)
+    original, fused = widened(subject.original), with_exact_tensors(subject)
     checks = [
         GroupCheck(
             group,
@@ -63,11 +63,11 @@ def judge(
 
 
 def _trained(subject: Subject, names: Names, samples: Sequence[Sample], seed: int) -> Training:
-    twins = duplicate(subject.original).double(), with_exact_tensors(subject)
+    twins = widened(subject.original), with_exact_tensors(subject)
     found = judge_training(*twins, names, samples, seed)
     if found.judgement is not Judgement.DIFFERENT:
         return found
-    alone = duplicate(subject.original).double(), duplicate(subject.original).double()
+    alone = widened(subject.original), widened(subject.original)
     again = judge_training(*alone, lambda name: name, samples, seed)
     if again.judgement is not Judgement.DIFFERENT:
         return found

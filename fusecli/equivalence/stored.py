@@ -35,19 +35,19 @@ def misstored(
 def _holds(exact: Any, stored: Any, folded: bool, foreign: bool) -> bool:
     if isinstance(exact, Tensor) and isinstance(stored, Tensor):
         return holds_fold(exact, stored, folded, foreign)
-    return _same(exact, stored)
+    return same_state(exact, stored)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_state(a: Any, b: Any) -> bool:
     """What a module's get_extra_state answers is no tensor, but may hold some; nobody folds it."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same_state, a, b))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
     return bool(a == b)
 
 

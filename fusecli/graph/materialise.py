@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from fusecli.graph.memory import key_of, tensors_held
 from fusecli.nn import computes, make_plain
 
+_COPYABLE = (torch.strided, torch.sparse_coo)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -48,15 +51,17 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
 
     torch copies no tensor that autograd has computed, such as the weight that weight_norm keeps beside its
     parameters, or an activation that a forward has left behind, and no compressed sparse one: of those the
-    copy gets the values.
+    copy gets the values, and where they are a view of a parameter a view of the copy's.
     """
-    memo: dict[int, object] = dict(instead or {})
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and id(value) not in memo:
-                copied = value.is_leaf and value.layout in (torch.strided, torch.sparse_coo)
-                if not copied:
-                    memo[id(value)] = value.detach().clone()
+    memo: dict[int, Any] = dict(instead or {})
+    own = {key_of(parameter)[0] for parameter in model.parameters() if not is_lazy(parameter)}
+    for value in (tensor for module in model.modules() for _, tensor in tensors_held(module)):
+        if id(value) in memo or (value.is_leaf and value.layout in _COPYABLE):
+            continue
+        if key_of(value)[0] in own:
+            memo[id(value)] = copy.deepcopy(value.detach(), memo)  # which copies each memory once
+        else:
+            memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
 
 

@@ -21,7 +21,7 @@ from fusecli.engine import (
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.kinds import LAYER_KINDS, norms, without_statistics
 from fusecli.graph.record import Run
-from fusecli.jobs.fold import Fold, Refused, plan_fold
+from fusecli.jobs.fold import Fold, Refused, plan_fold, still_computed
 from fusecli.jobs.source import Source
 from fusecli.outcome import Refusal, Unfused
 from fusecli.rewrite import ModuleTree
@@ -45,6 +45,7 @@ class Choice:
     alone    computed layers that are made plain where no group has them
     musts    those of them that nobody may leave out
     removing whether modules that do nothing become identities
+    unbakeable  layers that stay computed, and what happens with plain ones
     dropped  groups that were left out on the way, and why
     """
 
@@ -55,6 +56,7 @@ class Choice:
     alone: Sequence[str] = ()
     musts: frozenset[str] = frozenset()
     removing: bool = False
+    unbakeable: Mapping[str, str] = field(default_factory=dict)
     dropped: dict[tuple[str, ...], Refusal] = field(default_factory=dict)
 
     @property
@@ -114,7 +116,8 @@ class Choice:
     ) -> tuple[Unfused, ...]:
         """Every norm that stays in the model, and why."""
         taken = {path for decision in decisions for path in decision.members}
-        return tuple(self._left(taken, list(refused)))
+        left = self._left(taken, list(refused))
+        return tuple(still_computed(one, self.unbakeable) for one in left)
 
     def _left(self, taken: Collection[str], refused: Sequence[Refusal]) -> Iterator[Unfused]:
         blocked = {path: no for no in (*refused, *self.dropped.values()) for path in no.group}
@@ -190,7 +193,7 @@ def looked(
     model = structure()
     source.bakes = _bakes(spec, source, ModuleTree(model))
     if source.bakes:
-        model = structure()
+        model = _without_unbakeable(source, structure, numbers, sample, fakes)
     if spec.shared == "clone":
         source.owns = shared_roots(ModuleTree(model), source.vocabulary)
         if source.owns:
@@ -206,6 +209,7 @@ def looked(
     choice = chosen(spec, ModuleTree(model), modules, asked, run, source.vocabulary)
     choice.alone = _alone(source, choice, run)
     choice.musts = adapted(source)
+    choice.unbakeable = source.unbakeable
     return model, run, choice
 
 
@@ -224,6 +228,50 @@ def _bakes(spec: Spec, source: Source, tree: ModuleTree) -> dict[str, str]:
         for path, rule in found.items()
         if rule != "bake" or (spec.bake and not names.excluded(path) and (rules is None or "bake" in rules))
     }
+
+
+def _without_unbakeable(
+    source: Source,
+    structure: Callable[[], nn.Module],
+    numbers: Callable[[], nn.Module],
+    sample: Sample,
+    fakes: bool,
+) -> nn.Module:
+    """The model with plain layers for `source.bakes`, without those that forward needs as they are: it reads
+    what their weight is computed from, and does not run when that is gone."""
+    wanted = source.bakes
+    told = ""
+
+    def runs(paths: Iterable[str]) -> bool:
+        nonlocal told
+        source.bakes = {path: wanted[path] for path in paths}
+        try:
+            _ = Run(structure(), sample, numbers, fakes).recording
+        except UsageError as error:
+            told = error.problems[0].what
+            return False
+        return True
+
+    if not runs(wanted):
+        try:
+            if runs(path for path in wanted if wanted[path] == "lora"):
+                found = list(_failing([path for path in wanted if wanted[path] != "lora"], runs))
+                source.unbakeable = dict.fromkeys(found, told)
+        finally:
+            source.bakes = {path: rule for path, rule in wanted.items() if path not in source.unbakeable}
+    return structure()
+
+
+def _failing(paths: list[str], runs: Callable[[Iterable[str]], bool]) -> Iterator[str]:
+    """Those with which it does not run, found by halves."""
+    if not paths or runs(paths):
+        return
+    if len(paths) == 1:
+        yield paths[0]
+        return
+    middle = len(paths) // 2
+    yield from _failing(paths[:middle], runs)
+    yield from _failing(paths[middle:], runs)
 
 
 def adapted(source: Source) -> frozenset[str]:

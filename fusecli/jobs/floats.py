@@ -61,7 +61,8 @@ def floats_of(path: Path, spec: Spec, consent: Consent, tick: Tick, allow_pickle
         if manifest is not None and manifest.mode == "folded":
             return _folded(source, consent)
         with TemporaryDirectory(prefix="fusecli-") as folder:
-            fused = Path(folder) / "fused.safetensors"
+            # Extra state may be more than safetensors can hold.
+            fused = Path(folder) / ("fused.pt" if checkpoint.others else "fused.safetensors")
             fuse = FuseRequest(path, spec, fused, seed=seed, allow_pickle=allow_pickle)
             outcome = fuse_file(fuse, consent, tick)
             if outcome.exit_code not in (ExitCode.OK, ExitCode.NOTHING):

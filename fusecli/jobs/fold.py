@@ -10,13 +10,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fusecli.algebra.blocks import undivided
-from fusecli.checkpoint import write_pt, write_safetensors
+from fusecli.checkpoint import in_text, write_pt, write_safetensors
 from fusecli.engine import Decision, Group, Plan, alone, baking, compute, owning, plan, refusal
 from fusecli.errors import NotFoldable, Problem, UsageError
 from fusecli.graph.kinds import kind_of
@@ -26,7 +26,7 @@ from fusecli.graph.stand_in import hints_of
 from fusecli.jobs.learned import Learned, learned
 from fusecli.jobs.source import Source
 from fusecli.jobs.weight_ranges import Ranges, weight_range
-from fusecli.outcome import GroupReport, LedgerEntry, Refusal
+from fusecli.outcome import GroupReport, LedgerEntry, Refusal, Unfused
 from fusecli.rewrite import (
     MANIFEST_KEY,
     GroupRecord,
@@ -38,6 +38,7 @@ from fusecli.rewrite import (
     apply_edits,
 )
 
+_No = TypeVar("_No", Refusal, Unfused)
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -101,7 +102,8 @@ def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group], run: Run
         if not refused:
             raise
     if refused:
-        raise Refused(_in_order(refused, groups))
+        told = [still_computed(no, source.unbakeable) for no in refused]
+        raise Refused(_in_order(told, groups))
     tree = ModuleTree(skeleton)
     fold = Fold(
         source=source,
@@ -124,6 +126,20 @@ def plan_fold(source: Source, skeleton: nn.Module, groups: list[Group], run: Run
     )
     fold.layout = _layout(fold)
     return fold
+
+
+def still_computed(no: _No, unbakeable: Mapping[str, str]) -> _No:
+    """The refusal, with why `bake: true` has not helped."""
+    group: tuple[str, ...] = no.group if isinstance(no, Refusal) else ()
+    found: dict[str, str] = {path: why for path, why in unbakeable.items() if not group or path in group}
+    if no.code != "parametrized" or not found:
+        return no
+    return replace(
+        no,
+        reason=f"{no.reason}, and forward reads those too",
+        evidence=(*no.evidence, *(f"{path} made plain: {why}" for path, why in found.items())),
+        remedy="leave the group out; `bake: true` makes the other layers plain",
+    )
 
 
 def _planned(
@@ -169,12 +185,21 @@ def write_fold(
         def metadata() -> dict[str, str]:
             return {MANIFEST_KEY: manifest(digest()).to_json()}
 
+        others = extra_state(fold)
         if fmt == "safetensors":
-            promised = {MANIFEST_KEY: manifest("0" * 64).to_json()}
-            write_safetensors(path, fold.layout, tensors, promised, final=metadata)
+            text = in_text(others)
+            promised = {MANIFEST_KEY: manifest("0" * 64).to_json(), **text}
+            write_safetensors(path, fold.layout, tensors, promised, final=lambda: {**metadata(), **text})
         else:
             arrived = dict(tensors)
-            write_pt(path, {name: arrived[name] for name in fold.layout}, metadata())
+            write_pt(path, {name: arrived[name] for name in fold.layout}, metadata(), others)
+
+
+def extra_state(fold: Fold) -> dict[str, object]:
+    """What the checkpoint holds beside its tensors, by its names in the artifact."""
+    keymap = fold.keymap
+    named = ((keymap(key), value) for key, value in fold.source.checkpoint.others.items())
+    return {name: value for name, value in named if name is not None}
 
 
 def apply_to_skeleton(fold: Fold) -> list[LedgerEntry]:

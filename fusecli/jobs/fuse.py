@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fusecli.artifact import artifact_at, manifest_of, require_mode
-from fusecli.checkpoint import Checkpoint, Staged, check_target, open_checkpoint, staged
+from fusecli.checkpoint import (
+    Checkpoint,
+    Staged,
+    check_target,
+    fits_in_text,
+    is_plain,
+    open_checkpoint,
+    staged,
+)
 from fusecli.consent import Consent
 from fusecli.engine import Group, needed
 from fusecli.equivalence.groups import GroupCheck
@@ -91,7 +99,7 @@ def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: Non
         manifest = manifest_of(checkpoint) if MANIFEST_KEY in checkpoint.metadata else None
         if manifest is not None and manifest.mode == "folded":
             return _fused_already(outcome, checkpoint, manifest, spec)
-        _require_plain(checkpoint)
+        _require_storable(checkpoint, fmt)
         source = source_of(checkpoint, spec, consent)
         read_trained(source, spec, manifest)
         _require_work(spec, source)
@@ -158,13 +166,22 @@ def _fused_already(outcome: Outcome, checkpoint: Checkpoint, manifest: Manifest,
     )
 
 
-def _require_plain(checkpoint: Checkpoint) -> None:
-    if checkpoint.others:
-        names = ", ".join(sorted(checkpoint.others)[:3])
-        fix = "save the state dict without them: an artifact holds tensors only"
-        raise UsageError(
-            Problem(f"the state dict has entries that are no tensors: {names}", str(checkpoint.path), fix)
-        )
+def _require_storable(checkpoint: Checkpoint, fmt: str) -> None:
+    """Raises UsageError for extra state that cannot be carried as it is."""
+    where = str(checkpoint.path)
+    odd = [name for name, value in checkpoint.others.items() if not is_plain(value)]
+    if odd:
+        what = f"{_some(odd)} holds objects, which a file gives back by running code only"
+        fix = "let get_extra_state return tensors, numbers, texts, lists and dicts"
+        raise UsageError(Problem(what, where, fix))
+    unlike = [name for name, value in checkpoint.others.items() if not fits_in_text(value)]
+    if unlike and fmt == "safetensors":
+        what = f"{_some(unlike)} is no tensor, and more than the JSON that a safetensors file can hold"
+        raise UsageError(Problem(what, where, "give --format pt, which stores it as it is"))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @dataclass

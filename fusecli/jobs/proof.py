@@ -19,10 +19,11 @@ from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.judge import judge
 from fusecli.equivalence.noise import narrowest
 from fusecli.equivalence.run import float64_arithmetic, run
+from fusecli.equivalence.stored import same_state
 from fusecli.equivalence.subject import Subject
 from fusecli.errors import RefusedError
-from fusecli.graph.materialise import duplicate
-from fusecli.jobs.fold import Fold
+from fusecli.graph.followers import widened
+from fusecli.jobs.fold import Fold, extra_state
 from fusecli.jobs.source import Source
 from fusecli.outcome import GroupReport, Judgement, Verdict
 from fusecli.rewrite import ModuleTree
@@ -114,7 +115,7 @@ def float64_fold(original: nn.Module, decisions: Sequence[Decision]) -> nn.Modul
 
     Raises RefusedError where float64 weights cannot be fused: the caller has fused them in a narrower dtype.
     """
-    twin = duplicate(original).double()
+    twin = widened(original)
     with float64_arithmetic():  # what computes a weight is run here too
         _, refused = fuse_tree(ModuleTree(twin), decisions)
     if refused:
@@ -142,9 +143,12 @@ def prove_alone(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict
 
 
 def _changed(fold: Fold, artifact: Checkpoint) -> list[str]:
-    """Keys that no fold touched and whose tensor is not the original's."""
+    """Keys that no fold touched and whose tensor, or extra state, is not the original's."""
     keymap, folded = fold.keymap, fold.folded
-    changed = []
+    kept, stored = extra_state(fold), artifact.others
+    changed = [
+        name for name in kept.keys() | stored.keys() if not same_state(kept.get(name), stored.get(name))
+    ]
     for key, original in fold.source.checkpoint.tensors.items():
         new = keymap(key)
         if new in folded or new not in artifact.tensors or new not in fold.layout:

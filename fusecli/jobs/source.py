@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -21,10 +21,12 @@ from fusecli.consent import Consent, load_class, load_object
 from fusecli.engine import CustomFuser, Group, Vocabulary, bake_tree, separate
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import duplicate, with_tensors
+from fusecli.graph.memory import same_memory
 from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
 from fusecli.jobs.adapter import Adapter, dress, open_adapter, require_known
+from fusecli.jobs.reading import Reading, read_for
 from fusecli.outcome import LedgerEntry
-from fusecli.rewrite import ModuleTree, plant
+from fusecli.rewrite import MANIFEST_KEY, ModuleTree, plant
 from fusecli.spec import Spec
 from fusecli.spec.groups import GroupSpec
 from fusecli.spec.wildcards import bind_groups
@@ -41,8 +43,10 @@ class Source:
 
     owns   modules that share their tensors in that class, and are given a copy of their own
     bakes  layers whose weight is computed, and that are made plain, with the rule that does it
+    unbakeable  layers that stay computed, and why the model does not run with plain ones
     adapter  what is added to the model of that class, before anything is made of it
     trained  what quantization-aware training had made of the checkpoint, before it was read as a float one
+    reading  how the model reads the checkpoint; None: by the names that it has
     """
 
     checkpoint: Checkpoint
@@ -51,8 +55,10 @@ class Source:
     ledger: list[LedgerEntry] = field(default_factory=list)
     owns: list[str] = field(default_factory=list)
     bakes: dict[str, str] = field(default_factory=dict)
+    unbakeable: dict[str, str] = field(default_factory=dict)
     adapter: Adapter | None = None
     trained: Trained | None = None
+    reading: Reading | None = None
     _computed: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def skeleton(self) -> nn.Module:
@@ -60,19 +66,25 @@ class Source:
 
         Raises UsageError where the checkpoint does not belong to the model.
         """
-        model = self.blank()
-        self._restore_names(model)
-        self._prepare(model)
+        if self.reading is not None and self.reading.whole:
+            model = self.original()
+        else:
+            model = self.blank()
+            self._prepare(model)
         ties = ties_of(model)  # moving a module makes a parameter of each of its names
         tie(model.to("meta"), ties)
+        if self.reading is None or not self.reading.whole:
+            self._give_shapes(model)
+        model.eval()  # by itself: a class may have a train() that returns nothing
+        self.bake(model)
+        return model
+
+    def _give_shapes(self, model: nn.Module) -> None:
         stored = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in self.tensors.items()
         }
         load_strictly(model, {**stored, **self.checkpoint.others}, str(self.checkpoint.path))
-        model.eval()  # by itself: a class may have a train() that returns nothing
-        self.bake(model)
-        return model
 
     def blank(self) -> nn.Module:
         """A fresh model, on the meta device where its code allows that."""
@@ -82,6 +94,11 @@ class Source:
                 return self.build()
         except UsageError:
             return self.build()  # a factory that computes with its weights cannot be built without numbers
+
+    @property
+    def names(self) -> Collection[str]:
+        """What a state dict of the model holds."""
+        return self.blank().state_dict().keys() if self.reading is None else self.reading.names
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -103,25 +120,25 @@ class Source:
         if self.adapter is not None:
             dress(model, self.adapter)
 
-    def _restore_names(self, model: nn.Module) -> None:
-        """A prefix that looked like a wrapper's is the model's own where the model has it."""
-        prefix = "".join(self.checkpoint.prefixes)
-        expected = model.state_dict().keys()
-        tensors = {f"{prefix}{name}": tensor for name, tensor in self.checkpoint.tensors.items()}
-        if prefix and tensors.keys() <= expected and not self.checkpoint.tensors.keys() <= expected:
-            ties = tuple(tuple(f"{prefix}{name}" for name in tie) for tie in self.checkpoint.ties)
-            self.checkpoint = replace(self.checkpoint, tensors=tensors, ties=ties, prefixes=())
-
     def original(self) -> nn.Module:
         """A fresh model with the checkpoint's tensors, in eval mode."""
         assert self.build is not None
         model = self.build()
         self._prepare(model)
-        load_strictly(
-            model, loaded(replace(self.checkpoint, tensors=self.tensors)), str(self.checkpoint.path)
-        )
+        state = loaded(self._as_stored())
+        # As users load it: what shares memory has the numbers that are copied last.
+        joined = {name for names in same_memory(model) for name in names}
+        load_strictly(model, state, str(self.checkpoint.path), joined)
         model.eval()
         return model
+
+    def _as_stored(self) -> Checkpoint:
+        """The checkpoint and the adapter as they are loaded, by users too."""
+        stored = self.checkpoint
+        if self.reading is not None and self.reading.as_stored is not self.reading.checkpoint:
+            stored = self.reading.as_stored
+        added = self.adapter.tensors if self.adapter is not None else {}
+        return replace(stored, tensors={**stored.tensors, **added})
 
     def runnable(self) -> nn.Module:
         """The original with the structure of the skeleton, to be run: its computed weights are rounded."""
@@ -178,7 +195,11 @@ def _source_of(checkpoint: Checkpoint, spec: Spec, consent: Consent) -> Source:
         module = checkpoint.module
         ledger = _train_mode(module) if spec.mode == "folded" else []
         return Source(checkpoint, lambda: duplicate(module), vocabulary_of(spec, consent), ledger)
-    return Source(checkpoint, build, vocabulary_of(spec, consent))
+    source = Source(checkpoint, build, vocabulary_of(spec, consent))
+    if build is not None and MANIFEST_KEY not in checkpoint.metadata:
+        source.reading = read_for(checkpoint, source.blank(), build)
+        source.checkpoint = source.reading.checkpoint
+    return source
 
 
 def _train_mode(module: nn.Module) -> list[LedgerEntry]:

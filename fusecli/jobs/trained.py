@@ -173,7 +173,7 @@ def may_be_trained(source: Source) -> bool:
 
 def _layout(source: Source, spec: Spec) -> QatLayout | None:
     if source.build is not None:
-        expected = source.blank().state_dict().keys()
+        expected = set(source.names)
         layout = _recognised(source, lambda path: f"{path}.weight" in expected)
         return layout if layout is None or not _is_its_own(layout, expected, source, spec) else None
     firsts = (re.escape(group.modules[0]).replace(r"\*", "[^.]*") for group in spec.groups)

@@ -39,9 +39,7 @@ def _file(page: Page, contents: Contents) -> None:
     if len(contents.ties) > NAMED:
         page.hanging("", f"and {len(contents.ties) - NAMED} more ties", style="dim")
     if contents.others:
-        page.hanging(
-            "no tensors", f"{some(contents.others)}: fuse takes a state dict of tensors only", style=CAUTION
-        )
+        page.hanging("no tensors", f"{some(contents.others)}: extra state, which fuse carries as it is")
 
 
 def _artifact(page: Page, contents: Contents) -> None:

@@ -575,3 +575,42 @@ def test_a_manifest_that_bakes_what_is_not_there(cli: Cli, files: Any) -> None:
         save_file(load_file(FUSED), "wrong.safetensors", {"fusecli": text.replace(old, new)})
         with pytest.raises(fusecli.errors.FusecliError):
             fusecli.load_fused(names["build"](), "wrong.safetensors")
+
+
+class ReadsItsMask(nn.Module):
+    """Forward reads what the pruning of one of two layers has left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.b, self.m = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)
+        for layer in (self.a, self.b):
+            prune.l1_unstructured(layer, "weight", 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.m(self.b(torch.relu(self.n(self.a(x))))) * self.b.weight_mask.mean()
+        return y
+
+
+def test_a_mask_that_forward_reads_keeps_that_layer_alone() -> None:
+    model, x = nets.randomise(ReadsItsMask(), 0).eval(), torch.randn(2, 3, 9, 9)
+    outcome = fusecli.fuse(model, x, discover=True, bake=True)
+    assert outcome.status == "fused"
+    assert [group.modules for group in outcome.groups] == [("a", "n")]
+    (left,) = outcome.unfused
+    assert (left.module, left.code) == ("m", "parametrized")
+    assert "forward reads those too" in left.reason
+    assert any("b made plain" in seen and "weight_mask" in seen for seen in left.evidence)
+    assert "bake" not in left.remedy.replace("`bake: true` makes the other layers plain", "")
+    with torch.no_grad():
+        assert torch.allclose(outcome.model(x), model(x), atol=1e-4)
+    asked = fusecli.fuse(model, x, groups=[["a", "n"], ["b", "m"]], bake=True)
+    (no,) = asked.refused
+    assert (no.group, no.code) == (("b", "m"), "parametrized")
+    assert "forward reads those too" in no.reason
+
+
+def test_a_model_that_does_not_run_is_told_as_before() -> None:
+    model = ReadsItsMask().eval()
+    with pytest.raises(fusecli.errors.UsageError, match="does not run on these inputs"):
+        fusecli.fuse(model, torch.randn(2, 4, 9, 9), discover=True, bake=True)
