@@ -39,6 +39,7 @@ from fusecli.jobs.in_memory import (
     applied,
     as_checkpoint,
     copied,
+    held_warnings,
     in_train_mode,
     names_of,
     new_biases,
@@ -93,8 +94,9 @@ def fuse_modules(
                              as (is_qat, *modules)
 
     Where torch.ao leaves a model half fused, this changes nothing: all groups are checked first. Nothing is
-    verified; `fuse` does that. Raises UsageError for names that do not exist, RefusedError for groups that
-    cannot be fused.
+    verified; `fuse` does that. What the model holds a second time, outside of its module tree (a list of its
+    layers), stays as it was; that is logged. Raises UsageError for names that do not exist, RefusedError for
+    groups that cannot be fused.
     """
     return _fused(model, modules_to_fuse, inplace, fuser_func, fuse_custom_config_dict, "folded")
 
@@ -135,6 +137,8 @@ def _fused(
         raise RefusedError(*(Problem(no.reason, " + ".join(no.group), no.remedy) for no in refused))
     if mode == "folded" and (training := [entry.where for entry in in_train_mode(model)]):
         _log.warning("%d modules were in train mode; set to eval: %s", len(training), ", ".join(training))
+    for warning in held_warnings(model, planned.decisions, inplace=inplace):
+        _log.warning("%s", warning)
     fused, lost = applied(model, planned.decisions, rewrites, inplace=inplace, mode=mode)
     for entry in lost:
         _log.warning("%s: %s %s", entry.where, entry.kind, entry.what)

@@ -14,6 +14,7 @@ from fusecli import rewrite
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
+from fusecli.nn.shallow import shallow_copy
 from fusecli.outcome import Mode
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
 
@@ -207,7 +208,9 @@ def _with_fuser(edit: Edit, model: nn.Module, consent: Consent, folder: Path | N
         return edit
     fuser = load_object(edit.fuser, consent, folder)
     try:
-        result = fuser(mode == "qat", *(model.get_submodule(path) for path in edit.members))
+        # Other objects, as every edit has them: a fuser may change what it is given.
+        members = [shallow_copy(model.get_submodule(path)) for path in edit.members]
+        result = fuser(mode == "qat", *members)
     except Exception as error:  # whatever somebody's fuser may raise, and members that are not there
         raise UsageError(Problem(f"raised {type(error).__name__}: {error}", f"fuser {edit.fuser}")) from error
     if not isinstance(result, nn.Module):

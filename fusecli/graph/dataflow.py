@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fusecli.graph.held import Hold
 from fusecli.graph.ops import LOOKS, MOVES
 
 
@@ -97,6 +98,8 @@ class Recording:
     names       every name of a module by its first one
     written     parameters and buffers that forward wrote to
     aliases     names that are the same memory, as lists of parameters and buffers
+    held        modules that something outside of the module tree holds too: a call that comes from there is
+                no call of the module
     """
 
     values: tuple[Value, ...]
@@ -106,6 +109,14 @@ class Recording:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
     aliases: tuple[frozenset[str], ...] = ()
+    held: Mapping[str, Hold] = field(default_factory=dict)
+
+    def held_by(self, path: str) -> Hold | None:
+        """What holds the module at `path`; or the function that holds one around it, in which case a copy of
+        the model calls the original."""
+        around = (path[:end] for end, letter in enumerate(path) if letter == ".")
+        functions = (hold for name in ("", *around) if (hold := self.held.get(name)) and hold.function)
+        return self.held.get(path) or next(functions, None)
 
     @cached_property
     def first_name(self) -> dict[str, str]:
