@@ -129,8 +129,10 @@ def _fused(
     if fuser_func is not None:
         return _with_fuser_func(model, modules_to_fuse, inplace, fuser_func, additional, mode)
     tree = ModuleTree(model)
-    groups = [Group(g.modules, g.where) for g in bind_lists(modules_to_fuse, names_of(tree))]
-    planned = planned_groups(tree, groups, _vocabulary(additional, mode))
+    vocabulary = _vocabulary(additional, mode)
+    alone = any(len(fuser.sequence) == 1 for fuser in vocabulary.fusers)
+    groups = [Group(g.modules, g.where) for g in bind_lists(modules_to_fuse, names_of(tree), alone=alone)]
+    planned = planned_groups(tree, groups, vocabulary)
     rewrites, refused = compute_all(tree, planned.decisions)
     refused = [*planned.refused, *refused, *(resting(tree, planned.decisions) if mode == "qat" else ())]
     if refused:
@@ -401,7 +403,7 @@ def _with_fuser_func(
     model = model if inplace else duplicate(model)
     tree = ModuleTree(model)
     made: list[tuple[str, nn.Module]] = []
-    for group in bind_lists(modules_to_fuse, names_of(tree)):
+    for group in bind_lists(modules_to_fuse, names_of(tree), alone=True):
         modules = list(fuser_func([tree[path] for path in group.modules], mode == "qat", dict(additional)))
         if len(modules) != len(group.modules):
             message = f"fuser_func returned {len(modules)} modules for {len(group.modules)}"
@@ -440,9 +442,17 @@ def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | N
     elif isinstance(spec, Mapping):
         spec = spec_from_mapping(spec)
     if groups is not None:
-        bake = given.get("bake") or (spec is not None and spec.bake)
-        listed = spec_from_mapping({"groups": groups, "bake": bool(bake)}, where="")
+        alone = bool(given.get("bake")) or _alone(spec)
+        listed = spec_from_mapping({"groups": groups}, where="", alone=alone)
         spec = spec.model_copy(update={"groups": listed.groups}) if spec else listed
     return (spec or Spec()).model_copy(
         update={name: value for name, value in given.items() if value is not None}
     )
+
+
+def _alone(spec: Spec | None) -> bool:
+    """Whether a group may have one name, as in a file that says what this spec does."""
+    if spec is None:
+        return False
+    one_class = any(len(mapping.sequence or ()) == 1 for mapping in spec.extra_mappings)
+    return spec.bake or spec.remove_idle or spec.adapter is not None or one_class
