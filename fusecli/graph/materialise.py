@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecli.nn import computes, make_plain
+from fusecli.nn.duplicate import duplicate as duplicate  # copies of whole models are asked for here too
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -31,9 +32,10 @@ def with_tensors(module: nn.Module, fetch: Callable[[str, Tensor], Tensor], pref
     for name, parameter in module._parameters.items():
         if parameter is not None:
             value = fetch(prefix + name, parameter.detach())
-            clone._parameters[name] = nn.Parameter(
-                value, parameter.requires_grad and value.is_floating_point()
-            )
+            with torch.inference_mode(value.is_inference()):  # elsewhere such a tensor takes no gradients
+                clone._parameters[name] = nn.Parameter(
+                    value, parameter.requires_grad and value.is_floating_point()
+                )
     for name, buffer in module._buffers.items():
         if buffer is not None:
             clone._buffers[name] = fetch(prefix + name, buffer)
@@ -41,23 +43,6 @@ def with_tensors(module: nn.Module, fetch: Callable[[str, Tensor], Tensor], pref
         if child is not None:
             clone._modules[name] = with_tensors(child, fetch, f"{prefix}{name}.")
     return clone
-
-
-def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> nn.Module:
-    """A deep copy of `model`; `instead` says, by id, what it holds where the original holds something else.
-
-    torch copies no tensor that autograd has computed, such as the weight that weight_norm keeps beside its
-    parameters, or an activation that a forward has left behind, and no compressed sparse one: of those the
-    copy gets the values.
-    """
-    memo: dict[int, object] = dict(instead or {})
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and id(value) not in memo:
-                copied = value.is_leaf and value.layout in (torch.strided, torch.sparse_coo)
-                if not copied:
-                    memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def in_float64(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusecli.errors import Problem, UsageError
+from fusecli.errors import Problem, RefusedError, UsageError
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.fakes import fake_twin, forget
 from fusecli.graph.held import Hold, changes_in_a_fold, modules_held
@@ -78,6 +78,8 @@ class Run:
         for attempt in self._attempts(biased):
             try:
                 return attempt()
+            except RefusedError:
+                raise  # the model cannot be copied
             except Exception as error:  # whatever somebody's forward may raise, or fake tensors cannot do
                 # In float64 runs what does not in the stored dtype, such as a bfloat16 model that is given
                 # float32 inputs; but what it says in its own dtype is what a user can do something about.

@@ -89,9 +89,14 @@ def as_checkpoint(model: nn.Module) -> Checkpoint:
     if lazy:
         what = f"{', '.join(lazy[:3])} has no shape yet"
         raise UsageError(Problem(what, "model", "run the model once before it is fused"))
+    try:
+        state = model.state_dict()
+    except Exception as error:  # whatever somebody's class or hook may raise
+        what = f"it gives no state dict: {type(error).__name__}: {error}"
+        raise UsageError(Problem(what, "model", "make model.state_dict() work first")) from error
     tensors = {
         name: StoredTensor(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if hasattr(tensor, "dtype")
     }
     return Checkpoint(Path("(in memory)"), "in memory", tensors, ())

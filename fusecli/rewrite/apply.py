@@ -6,7 +6,6 @@ whoever holds the old one (a list of the model, a closure) has it as it was.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fusecli import nn as fused
 from fusecli.nn import container_class, make_plain
+from fusecli.nn.duplicate import duplicate
 from fusecli.outcome import LedgerEntry
 from fusecli.rewrite.edits import (
     Bias,
@@ -98,7 +98,7 @@ def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
         case Clone(path, into):
             if any(True for _ in tree[into].children()) or path.startswith(f"{into}."):
                 raise ValueError(f"{into} is no single layer, which alone is stored several times")
-            twin = copy.deepcopy(tree[into])
+            twin = duplicate(tree[into])
             _ = list(take_hooks(twin, PRE + POST + BACKWARD))
             yield from _lost(tree, path, PRE + BACKWARD)
             move_hooks(_changing(tree, path, POST), twin, POST)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 
 from torch import nn
 
+from fusecli.nn.duplicate import duplicate
 from fusecli.nn.shallow import shallow_copy
 
 # Where a fused model keeps the names of its groups, so that each can be judged by itself and none is fused
@@ -115,7 +115,7 @@ class ModuleTree:
         if path in self.own_copies:
             return
         self.model.__dict__[_OWN] = (*self.own_copies, path)
-        copied = copy.deepcopy(self.modules[path])
+        copied = duplicate(self.modules[path])
         self.replace(path, copied)
         self._fresh.discard(path)  # it may hold its modules a second time too
         for name, child in copied.named_modules(remove_duplicate=False):
