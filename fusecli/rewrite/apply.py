@@ -131,10 +131,10 @@ def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
             yield from _absorb(tree, path, into, keep_hooks=False)
             _replace(tree, path, rest)
         case Container(path, cls, members):
-            first, last = _changing(tree, members[0], PRE), _changing(tree, members[-1], POST)
+            opening, closing = _changing(tree, members[0], PRE), _changing(tree, members[-1], POST)
             container = container_class(cls)(*(tree[member] for member in members))
-            move_hooks(first, container, PRE)
-            move_hooks(last, container, POST)
+            move_hooks(opening, container, PRE)
+            move_hooks(closing, container, POST)
             _place(tree, path, members, container)
         case Opaque(path, members, fuser, result):
             if result is None:
