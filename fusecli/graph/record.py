@@ -78,9 +78,9 @@ class Run:
         for attempt in self._attempts(biased):
             try:
                 return attempt()
-            except RefusedError:
-                raise  # the model cannot be copied
             except Exception as error:  # whatever somebody's forward may raise, or fake tensors cannot do
+                if isinstance(error, RefusedError) and attempt.func == self._with_numbers:
+                    raise  # the model cannot be copied; without numbers that may be torch's affair
                 # In float64 runs what does not in the stored dtype, such as a bfloat16 model that is given
                 # float32 inputs; but what it says in its own dtype is what a user can do something about.
                 problem = error if attempt.args[1] is None else problem

@@ -38,7 +38,8 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever somebody's class may raise; a lock or an open file has no copy
-        what = f"{_uncopied(model)} cannot be copied: {type(error).__name__}: {error}"
+        which = _WHOLE if instead else _uncopied(model)
+        what = f"{which} cannot be copied: {type(error).__name__}: {error}"
         raise RefusedError(Problem(what, "model", _COPYABLE)) from error
     if shared := _shared(model, twin, {id(value) for value in (instead or {}).values()}):
         raise RefusedError(Problem(f"a copy of the model has {shared} in common with it", "model", _APART))
