@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from fusecli.errors import Problem, RefusedError
@@ -38,7 +39,9 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever somebody's class may raise; a lock or an open file has no copy
-        which = _WHOLE if instead else _uncopied(model)
+        # What torch does not copy without numbers it complains of in its log, once is enough.
+        fakes = any(isinstance(value, FakeTensor) for value in (instead or {}).values())
+        which = _WHOLE if fakes else _uncopied(model)
         what = f"{which} cannot be copied: {type(error).__name__}: {error}"
         raise RefusedError(Problem(what, "model", _COPYABLE)) from error
     if shared := _shared(model, twin, {id(value) for value in (instead or {}).values()}):
