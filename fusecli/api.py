@@ -39,6 +39,7 @@ from fusecli.jobs.in_memory import (
     applied,
     as_checkpoint,
     copied,
+    held_warnings,
     in_train_mode,
     names_of,
     new_biases,
@@ -93,8 +94,9 @@ def fuse_modules(
                              as (is_qat, *modules)
 
     Where torch.ao leaves a model half fused, this changes nothing: all groups are checked first. Nothing is
-    verified; `fuse` does that. Raises UsageError for names that do not exist, RefusedError for groups that
-    cannot be fused.
+    verified; `fuse` does that. What the model holds a second time, outside of its module tree (a list of its
+    layers), stays as it was; that is logged. Raises UsageError for names that do not exist, RefusedError for
+    groups that cannot be fused.
     """
     return _fused(model, modules_to_fuse, inplace, fuser_func, fuse_custom_config_dict, "folded")
 
@@ -127,14 +129,18 @@ def _fused(
     if fuser_func is not None:
         return _with_fuser_func(model, modules_to_fuse, inplace, fuser_func, additional, mode)
     tree = ModuleTree(model)
-    groups = [Group(g.modules, g.where) for g in bind_lists(modules_to_fuse, names_of(tree))]
-    planned = planned_groups(tree, groups, _vocabulary(additional, mode))
+    vocabulary = _vocabulary(additional, mode)
+    alone = any(len(fuser.sequence) == 1 for fuser in vocabulary.fusers)
+    groups = [Group(g.modules, g.where) for g in bind_lists(modules_to_fuse, names_of(tree), alone=alone)]
+    planned = planned_groups(tree, groups, vocabulary)
     rewrites, refused = compute_all(tree, planned.decisions)
     refused = [*planned.refused, *refused, *(resting(tree, planned.decisions) if mode == "qat" else ())]
     if refused:
         raise RefusedError(*(Problem(no.reason, " + ".join(no.group), no.remedy) for no in refused))
     if mode == "folded" and (training := [entry.where for entry in in_train_mode(model)]):
         _log.warning("%d modules were in train mode; set to eval: %s", len(training), ", ".join(training))
+    for warning in held_warnings(model, planned.decisions, inplace=inplace):
+        _log.warning("%s", warning)
     fused, lost = applied(model, planned.decisions, rewrites, inplace=inplace, mode=mode)
     for entry in lost:
         _log.warning("%s: %s %s", entry.where, entry.kind, entry.what)
@@ -415,7 +421,7 @@ def _with_fuser_func(
     model = model if inplace else duplicate(model)
     tree = ModuleTree(model)
     made: list[tuple[str, nn.Module]] = []
-    for group in bind_lists(modules_to_fuse, names_of(tree)):
+    for group in bind_lists(modules_to_fuse, names_of(tree), alone=True):
         modules = list(fuser_func([tree[path] for path in group.modules], mode == "qat", dict(additional)))
         if len(modules) != len(group.modules):
             message = f"fuser_func returned {len(modules)} modules for {len(group.modules)}"
@@ -454,9 +460,17 @@ def _spec(spec: Spec | str | Path | Mapping[str, Any] | None, groups: Groups | N
     elif isinstance(spec, Mapping):
         spec = spec_from_mapping(spec)
     if groups is not None:
-        bake = given.get("bake") or (spec is not None and spec.bake)
-        listed = spec_from_mapping({"groups": groups, "bake": bool(bake)}, where="")
+        alone = bool(given.get("bake")) or _alone(spec)
+        listed = spec_from_mapping({"groups": groups}, where="", alone=alone)
         spec = spec.model_copy(update={"groups": listed.groups}) if spec else listed
     return (spec or Spec()).model_copy(
         update={name: value for name, value in given.items() if value is not None}
     )
+
+
+def _alone(spec: Spec | None) -> bool:
+    """Whether a group may have one name, as in a file that says what this spec does."""
+    if spec is None:
+        return False
+    one_class = any(len(mapping.sequence or ()) == 1 for mapping in spec.extra_mappings)
+    return spec.bake or spec.remove_idle or spec.adapter is not None or one_class

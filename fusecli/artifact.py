@@ -21,6 +21,7 @@ from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
 from fusecli.graph.followers import LeftBehind, following
 from fusecli.graph.loading import adapts_names, versions_of
+from fusecli.nn.shallow import shallow_copy
 from fusecli.outcome import Mode
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
 
@@ -279,7 +280,9 @@ def _with_fuser(edit: Edit, model: nn.Module, consent: Consent, folder: Path | N
         return edit
     fuser = load_object(edit.fuser, consent, folder)
     try:
-        result = fuser(mode == "qat", *(model.get_submodule(path) for path in edit.members))
+        # Other objects, as every edit has them: a fuser may change what it is given.
+        members = [shallow_copy(model.get_submodule(path)) for path in edit.members]
+        result = fuser(mode == "qat", *members)
     except Exception as error:  # whatever somebody's fuser may raise, and members that are not there
         fix = "load it with the fuser it was made with"
         raise UsageError(code_failed(error, "it", f"fuser {edit.fuser}", fix)) from error

@@ -434,6 +434,15 @@ _SHARING = (
         "attributes of the layer may say something else, and a bias that the fold adds would not be read.",
         "Call the layer itself instead of the function, or leave the group out of the spec.",
     ),
+    Reason(
+        "held-elsewhere",
+        "The model holds the module a second time, in a list, a dict, a closure or another object, and "
+        "forward calls it there.",
+        "A fold puts another module in its place in the module tree. What forward calls would stay as it "
+        "was: nothing would be folded, and a model that loads the file would call layers without them.",
+        "Call the module by its attribute, or let an nn.ModuleList or nn.Sequential hold it and nothing "
+        "else; where names change by that, save the checkpoint again.",
+    ),
 )
 
 _TOOL = (

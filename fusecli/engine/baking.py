@@ -121,7 +121,9 @@ def _plain(path: str, rule: str, module: nn.Module) -> tuple[nn.Module, Rewrite]
     try:
         with float64_arithmetic():
             rewrite = next(each for each in all_rules() if each.name == rule).rewrite(operand)
-            apply_rewrite(ModuleTree(plant({path: wide})), rewrite)
+            tree = ModuleTree(plant({path: wide}))
+            apply_rewrite(tree, rewrite)
+            wide = tree[path]
     except NotFoldable:
         raise
     except Exception as error:  # whatever somebody's parametrization may raise

@@ -316,7 +316,10 @@ class _Search:
                 or not audit.recording.alive[call.number]
             ):
                 continue
-            if audit.norm_around(call) is None:
+            read = (audit.recording.values[value].name.rpartition(".")[0] for value in call.reads)
+            if audit.norm_around(call) is None and not any(
+                path in audit.recording.held for path in read if path
+            ):
                 place = audit.recording.inside(call)
                 kind = f"function {call.name.partition('.')[2]}"
                 yield Unfused(place or "(the model)", kind, *self._functional_reason(call))

@@ -8,6 +8,7 @@ from typing import Any
 from fusecli.engine.decisions import Member
 from fusecli.errors import NotFoldable, UsageError, require
 from fusecli.graph.dataflow import Call, Recording, Visit, described
+from fusecli.graph.held import Hold
 from fusecli.graph.kinds import is_exact
 from fusecli.graph.ops import AFFINE, ALWAYS_BATCH, EPS, MOVES, NORM_VECTORS, NORMS
 from fusecli.graph.record import Run
@@ -39,6 +40,8 @@ def untouched(recording: Recording, path: str) -> None:
         remedy="leave the group out",
     )
     readers = strangers(recording, path)
+    if readers and path in recording.held:
+        raise held_elsewhere(path, recording.held[path], described(recording, readers))
     if readers and not recording.visits_of(path):
         seen = described(recording, readers)
         raise NotFoldable(
@@ -83,6 +86,20 @@ def require_seen(recording: Recording, *paths: str) -> None:
         reason,
         evidence=evidence[:3],
         remedy="let forward do its work in the thread that calls it, or leave the group out",
+    )
+
+
+def held_elsewhere(path: str, hold: Hold, seen: tuple[str, ...]) -> NotFoldable:
+    """The refusal of a module that forward does not call where it stands."""
+    what = f"through `{hold.name}`, not by its attribute"
+    if hold.path != path:
+        what = f"through the function `{hold.name}`, which calls the original where a copy of the model runs"
+    return NotFoldable(
+        "held-elsewhere",
+        f"forward reaches {path} {what}",
+        evidence=seen,
+        remedy=f"call {path} itself in forward, or let an nn.ModuleList or nn.Sequential hold it and nothing "
+        "else",
     )
 
 

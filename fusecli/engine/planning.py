@@ -16,7 +16,7 @@ from fusecli.engine.audit import Audit, Found
 from fusecli.engine.decisions import Decision, Group, Member, Modules, Plan, Vocabulary, refusal
 from fusecli.engine.fusers import opaque
 from fusecli.engine.idle import idle_decision, idle_modules
-from fusecli.engine.inside import require_seen
+from fusecli.engine.inside import held_elsewhere, require_seen
 from fusecli.engine.known import Known
 from fusecli.engine.purpose import require_same_purpose
 from fusecli.engine.steps import Wave
@@ -96,6 +96,7 @@ class _Planner:
             Member(path, module, self.vocabulary.kind(module))
             for path, module in zip(group.modules, modules, strict=True)
         ]
+        self._require_reached(group)
         for member in members:
             self._require_replaceable(member.path)
             if member.kind in FOLDABLE:
@@ -203,6 +204,14 @@ class _Planner:
         """A dropout does nothing at inference, and only there."""
         trains = self.vocabulary.mode == "qat"
         return member.kind == "nothing" and not (trains and type(member.module) is not nn.Identity)
+
+    def _require_reached(self, group: Group) -> None:
+        """Guard for modules that did not run, or so it seems: forward may have its own way to them."""
+        if self.audit is None or self.audit.ran(group):
+            return
+        for path in group.modules:
+            if (hold := self.audit.recording.held_by(path)) is not None:
+                raise held_elsewhere(path, hold, (f"{path} did not run where it stands",))
 
     def _require_replaceable(self, path: str) -> None:
         ends = [i for i, letter in enumerate(path) if letter == "."]

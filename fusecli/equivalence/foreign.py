@@ -6,7 +6,6 @@ is measured: the fused model's weights are moved by half a unit in their last pl
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fusecli.equivalence.reading import Reading
 from fusecli.equivalence.run import run
 from fusecli.errors import UsageError
 from fusecli.graph.followers import widened
+from fusecli.graph.materialise import duplicate
 from fusecli.outcome import Judgement, Verdict
 from fusecli.sample import Sample
 
@@ -158,7 +158,7 @@ def _moved(
     step: Callable[[Tensor, torch.dtype], Tensor],
 ) -> float:
     """How far the output of `twin` moves when its parameters do."""
-    moved = copy.deepcopy(twin)
+    moved = duplicate(twin)
     for parameter, original in zip(moved.parameters(), stored.parameters(), strict=True):
         if parameter.is_floating_point():
             uniform = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from fusecli.equivalence.regions import Region
 from fusecli.equivalence.run import float64_arithmetic
 from fusecli.graph.dataflow import Call
 from fusecli.graph.labels import moved
+from fusecli.graph.materialise import duplicate
 from fusecli.outcome import Judgement
 from fusecli.sample import Sample, cast, mapped
 
@@ -157,7 +157,7 @@ class GroupCheck:
         """The fused modules with weights off by 1 %: a check that does not notice them proves nothing."""
         if not self._perturbed:
             generator = torch.Generator().manual_seed(0)
-            self._perturbed = [copy.deepcopy(module) for module in self.exact]
+            self._perturbed = [duplicate(module) for module in self.exact]
             parameters = [
                 p for module in self._perturbed for p in module.parameters() if p.is_floating_point()
             ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fusecli.equivalence.compare import TOLERANCE, floating_error
 from fusecli.equivalence.run import run
+from fusecli.graph.materialise import duplicate
 from fusecli.sample import Sample
 
 MAX_DRIFT = 10.0  # times the original's own error
@@ -44,7 +44,7 @@ def noise_of_neighbours(original: nn.Module, sample: Sample, reference: Any, see
     errors = [0.0]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(_DRAWS):
-        moved = copy.deepcopy(original)
+        moved = duplicate(original)
         for parameter in moved.parameters():
             if parameter.is_floating_point():
                 sign = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device) * 2 - 1

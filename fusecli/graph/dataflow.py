@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fusecli.graph.held import Hold
 from fusecli.graph.ops import LOOKS, MOVES
 
 
@@ -113,6 +114,8 @@ class Recording:
     aliases     names that are the same memory, as lists of parameters and buffers
     appeared    values that no op of the run has made, nor anybody before it
     elsewhere   modules that another thread has called, with the number of op calls when they returned
+    held        modules that something outside of the module tree holds too: a call that comes from there is
+                no call of the module
     """
 
     values: tuple[Value, ...]
@@ -124,6 +127,14 @@ class Recording:
     aliases: tuple[frozenset[str], ...] = ()
     appeared: frozenset[int] = frozenset()
     elsewhere: Mapping[str, int] = field(default_factory=dict)
+    held: Mapping[str, Hold] = field(default_factory=dict)
+
+    def held_by(self, path: str) -> Hold | None:
+        """What holds the module at `path`; or the function that holds one around it, in which case a copy of
+        the model calls the original."""
+        around = (path[:end] for end, letter in enumerate(path) if letter == ".")
+        functions = (hold for name in ("", *around) if (hold := self.held.get(name)) and hold.function)
+        return self.held.get(path) or next(functions, None)
 
     @cached_property
     def first_name(self) -> dict[str, str]:

@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import TensorWeakRef
 
 from fusecli.graph.materialise import duplicate
-from fusecli.graph.memory import expired, key_of, tensors_held
+from fusecli.graph.memory import expired, key_of
+from fusecli.nn.duplicate import tensors_held
 
 
 class LeftBehind(Exception):

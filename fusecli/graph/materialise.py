@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from fusecli.graph.memory import key_of, tensors_held
 from fusecli.nn import computes, make_plain
+from fusecli.nn.duplicate import duplicate as duplicate  # copies of whole models are asked for here too
 
-_COPYABLE = (torch.strided, torch.sparse_coo)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -34,9 +32,10 @@ def with_tensors(module: nn.Module, fetch: Callable[[str, Tensor], Tensor], pref
     for name, parameter in module._parameters.items():
         if parameter is not None:
             value = fetch(prefix + name, parameter.detach())
-            clone._parameters[name] = nn.Parameter(
-                value, parameter.requires_grad and value.is_floating_point()
-            )
+            with torch.inference_mode(value.is_inference()):  # elsewhere such a tensor takes no gradients
+                clone._parameters[name] = nn.Parameter(
+                    value, parameter.requires_grad and value.is_floating_point()
+                )
     for name, buffer in module._buffers.items():
         if buffer is not None:
             clone._buffers[name] = fetch(prefix + name, buffer)
@@ -44,25 +43,6 @@ def with_tensors(module: nn.Module, fetch: Callable[[str, Tensor], Tensor], pref
         if child is not None:
             clone._modules[name] = with_tensors(child, fetch, f"{prefix}{name}.")
     return clone
-
-
-def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> nn.Module:
-    """A deep copy of `model`; `instead` says, by id, what it holds where the original holds something else.
-
-    torch copies no tensor that autograd has computed, such as the weight that weight_norm keeps beside its
-    parameters, or an activation that a forward has left behind, and no compressed sparse one: of those the
-    copy gets the values, and where they are a view of a parameter a view of the copy's.
-    """
-    memo: dict[int, Any] = dict(instead or {})
-    own = {key_of(parameter)[0] for parameter in model.parameters() if not is_lazy(parameter)}
-    for value in (tensor for module in model.modules() for _, tensor in tensors_held(module)):
-        if id(value) in memo or (value.is_leaf and value.layout in _COPYABLE):
-            continue
-        if key_of(value)[0] in own:
-            memo[id(value)] = copy.deepcopy(value.detach(), memo)  # which copies each memory once
-        else:
-            memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def in_float64(module: nn.Module) -> nn.Module:

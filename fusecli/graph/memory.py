@@ -68,20 +68,6 @@ def _overlapping(spans: list[tuple[int, int, str]]) -> Iterator[frozenset[str]]:
         yield frozenset(names)
 
 
-def tensors_held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in the attributes of a module, its parameters and buffers among them, and in lists, tuples
-    and dicts there, each with the attribute's name."""
-    held = {**vars(module), **module._parameters, **module._buffers}
-    waiting, seen = list(held.items()), set[int]()
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            waiting += ((name, each) for each in (value.values() if isinstance(value, dict) else value))
-
-
 def expired(watch: Any) -> bool:
     return isinstance(watch, StorageWeakRef) and watch.expired()
 

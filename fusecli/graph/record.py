@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusecli.blame import forward_failed
-from fusecli.errors import UsageError
+from fusecli.errors import RefusedError, UsageError
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.fakes import fake_twin, forget
+from fusecli.graph.held import Hold, changes_in_a_fold, modules_held
 from fusecli.graph.memory import same_memory
 from fusecli.graph.recorder import Recorder
+from fusecli.nn.shallow import shallow_copy
 from fusecli.sample import Sample, mapped, seeded
 
 
@@ -43,6 +45,11 @@ class Run:
     others: Callable[[], Sequence[Sample]] = tuple
     _biased: dict[frozenset[str], Recording] = field(default_factory=dict, repr=False)
     _unbiased: dict[frozenset[Any], UsageError] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def held(self) -> dict[str, Hold]:
+        """The modules of the model that are held outside of its tree too."""
+        return modules_held(self.structure)
 
     @cached_property
     def recording(self) -> Recording:
@@ -89,6 +96,8 @@ class Run:
             try:
                 return attempt()
             except Exception as error:  # whatever somebody's forward may raise, or fake tensors cannot do
+                if isinstance(error, RefusedError) and attempt.func == self._with_numbers:
+                    raise  # the model cannot be copied; without numbers that may be torch's affair
                 # In float64 runs what does not in the stored dtype, such as a bfloat16 model that is given
                 # float32 inputs; but what it says in its own dtype is what a user can do something about.
                 problem = error if attempt.args[1] is None else problem
@@ -128,6 +137,7 @@ class Run:
 
     def _run(self, recorder: Recorder, model: nn.Module, inputs: Sample) -> Recording:
         model.eval()
+        self._stand_alone(model)
         with seeded(0), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with recorder.watching(model):
@@ -140,7 +150,18 @@ class Run:
             output = mapped(output, Tensor.detach)
             recorder.outlives(model)
             output = None
-        return recorder.recording(same_memory(self.structure))
+        return recorder.recording(same_memory(self.structure), self.held)
+
+    def _stand_alone(self, model: nn.Module) -> None:
+        """Puts other objects in the places of modules that are held a second time, as a fold would: a call
+        that does not go through the tree is none of theirs."""
+        if not self.held:
+            return
+        held = [module for path, module in model.named_modules() if path in self.held]
+        instead = {module: shallow_copy(module) for module in held if changes_in_a_fold(module)}
+        for parent in [*model.modules()]:
+            places: Any = parent._modules
+            places.update({name: instead[child] for name, child in places.items() if child in instead})
 
 
 def _called(model: nn.Module, inputs: Sample) -> set[str]:

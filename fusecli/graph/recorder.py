@@ -31,6 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
 from fusecli.graph.escapes import COPIES, Escapes
+from fusecli.graph.held import Hold
 from fusecli.graph.kinds import is_identity
 from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of, shape_of
 from fusecli.graph.ops import MOVES
@@ -141,8 +142,11 @@ class Recorder(TorchDispatchMode):
         ours = self._given | self._returned
         return [k for k, memory in self._memory.items() if k not in ours and not expired(memory.watch)]
 
-    def recording(self, aliases: tuple[frozenset[str], ...] = ()) -> Recording:
-        """The run as a graph; `aliases` are names of the same memory in the model that was copied."""
+    def recording(
+        self, aliases: tuple[frozenset[str], ...] = (), held: Mapping[str, Hold] | None = None
+    ) -> Recording:
+        """The run as a graph; `aliases` are names of the same memory in the model that was copied, `held` its
+        modules that are held outside of its tree too."""
         return Recording(
             tuple(self._values),
             tuple(self._calls),
@@ -154,6 +158,7 @@ class Recorder(TorchDispatchMode):
             # What was there before the run is still there after it: a constant that somebody keeps.
             frozenset(v for key, v in self._unmade.items() if expired(self._memory[key].watch)),
             self._elsewhere,
+            held or {},
         )
 
     def _escape(self, name: str, tensor: Tensor) -> None:
@@ -328,19 +333,27 @@ class Recorder(TorchDispatchMode):
 
     def _know(self, model: nn.Module) -> None:
         """Names the parameters, buffers and other tensors of the model."""
-        for path, module in model.named_modules(remove_duplicate=False):
-            held = dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
-            plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-            for name, value in {**plain, **held}.items():
-                for tensor in tensors_in(value):
-                    if is_lazy(tensor):
-                        continue
-                    full = f"{path}.{name}" if path else name
-                    key, watch = key_of(tensor)
-                    self._given.add(key)
-                    if name in held:
-                        self._owners.setdefault(key, set()).add(full)
-                    self._name_memory(key, watch, tensor, full)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for path, module in modules.items():
+            for name, tensor in chain(
+                module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+            ):
+                full = f"{path}.{name}" if path else name
+                if self._know_tensor(tensor, full):
+                    self._owners.setdefault(key_of(tensor)[0], set()).add(full)
+        # Then the others: a list of weights, to let them decay, say, has no names of its own for them.
+        for path, module in modules.items():
+            for name, value in vars(module).items():
+                for tensor in () if name.startswith("_") else tensors_in(value):
+                    self._know_tensor(tensor, f"{path}.{name}" if path else name)
+
+    def _know_tensor(self, tensor: Tensor, name: str) -> bool:
+        if is_lazy(tensor):
+            return False
+        key, watch = key_of(tensor)
+        self._given.add(key)
+        self._name_memory(key, watch, tensor, name)
+        return True
 
     def _name_memory(self, key: Any, watch: Any, tensor: Tensor, name: str) -> None:
         memory, layout = self._memory.get(key), layout_of(tensor)

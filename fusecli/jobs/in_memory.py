@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +12,7 @@ from fusecli.checkpoint import Checkpoint, StoredTensor
 from fusecli.engine import Decision, bake_tree, compute_all, replaced, separate
 from fusecli.engine.baking import Bakes
 from fusecli.errors import Problem, UsageError
+from fusecli.graph.held import holds
 from fusecli.graph.materialise import duplicate
 from fusecli.graph.memory import same_memory
 from fusecli.jobs.adapter import Adapter, dress
@@ -31,9 +32,14 @@ def applied(
     """`model`, or a copy of it, with the rewrites done, and what was lost; in eval mode, unless it is to be
     trained."""
     if not inplace:
-        # Weights that get a new value need no copy: until then the copy holds the original's own.
-        new = replaced(rewrites)
-        shared = {id(p): p for name, p in model.named_parameters() if name in new}
+        # Weights that get a new value need no copy: until then the copy holds the original's own. A module
+        # that is held a second time keeps its weights there.
+        new, held = replaced(rewrites), {hold.path for hold in holds(model)}
+        shared = {
+            id(p): p
+            for name, p in model.named_parameters()
+            if name in new and name.rpartition(".")[0] not in held
+        }
         model = duplicate(model, shared)
     if mode == "folded":
         model.eval()
@@ -83,9 +89,14 @@ def as_checkpoint(model: nn.Module) -> Checkpoint:
     if lazy:
         what = f"{', '.join(lazy[:3])} has no shape yet"
         raise UsageError(Problem(what, "model", "run the model once before it is fused"))
+    try:
+        state = model.state_dict()
+    except Exception as error:  # whatever somebody's class or hook may raise
+        what = f"it gives no state dict: {type(error).__name__}: {error}"
+        raise UsageError(Problem(what, "model", "make model.state_dict() work first")) from error
     tensors = {
         name: StoredTensor(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if hasattr(tensor, "dtype")
     }
     return Checkpoint(Path("(in memory)"), "in memory", tensors, ())
@@ -108,6 +119,52 @@ def copied(model: nn.Module) -> nn.Module:
     twin = duplicate(model)
     twin.eval()  # by itself: a class may have a train() that returns nothing
     return twin
+
+
+def held_warnings(model: nn.Module, decisions: Iterable[Decision], *, inplace: bool) -> list[str]:
+    """What the model holds of the groups outside of its module tree, where the fold does not reach."""
+    group_of = {path: decision.group.modules for decision in decisions for path in decision.group.modules}
+    modules: dict[str, dict[str, None]] = {}
+    tensors: dict[str, dict[str, None]] = {}
+    functions: dict[str, None] = {}
+    for hold in holds(model):
+        if hold.path in group_of:
+            found, name = (tensors, f"{hold.path}.{hold.tensor}") if hold.tensor else (modules, hold.path)
+            found.setdefault(hold.name, {})[name] = None
+        elif hold.function and not inplace and any(_around(hold.path, path) for path in group_of):
+            functions[hold.name] = None
+    return [
+        *(_held_modules(name, paths, group_of) for name, paths in modules.items()),
+        *(
+            f"`{name}` holds {_some([*names])} too: what is read through it has the values before the fold"
+            for name, names in tensors.items()
+        ),
+        *(
+            f"`{name}` is a function that holds a module of the original, and no copy of it: what forward "
+            "runs through it is not fused; pass inplace=True"
+            for name in functions
+        ),
+    ]
+
+
+def _held_modules(name: str, paths: Collection[str], group_of: Mapping[str, tuple[str, ...]]) -> str:
+    groups = dict.fromkeys(group_of[path] for path in paths)
+    missing = [path for group in groups for path in group if path not in paths]
+    if missing:
+        return (
+            f"`{name}` holds {_some([*paths])} too, and not {_some(missing)}: where forward runs them there, "
+            "the model computes something else now; fusecli.fuse finds out"
+        )
+    return f"`{name}` holds {_some([*paths])} too: what forward runs through it stays unfused"
+
+
+def _around(path: str, member: str) -> bool:
+    return not path or member.startswith(f"{path}.")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def names_of(tree: ModuleTree) -> list[str]:

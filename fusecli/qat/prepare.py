@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 from torch import nn
@@ -22,6 +21,7 @@ from fusecli.nn import (
     LinearBn1d,
     LinearReLU,
 )
+from fusecli.nn.duplicate import duplicate
 from fusecli.qat import batch_norm, layers
 from fusecli.qat.batch_norm import QatNorm
 from fusecli.qat.layers import QatLayer
@@ -82,7 +82,7 @@ def prepare_qat(model: nn.Module, scheme: Scheme = DEFAULT, *, inplace: bool = F
     wrong = [problem for module, path in found.items() for problem in problems(path, module)]
     if wrong:
         raise RefusedError(*wrong)
-    holder = _holder(model if inplace else copy.deepcopy(model))
+    holder = _holder(model if inplace else duplicate(model))
     made: dict[nn.Module, QatLayer] = {}
     for parent, name, path, module in list(_slots(holder)):
         if module not in made:

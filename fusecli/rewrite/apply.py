@@ -1,8 +1,11 @@
-"""Does the edits to a module tree, where its modules stand: no copies; a subclass keeps its forward."""
+"""Does the edits to a module tree; a subclass keeps its forward.
+
+What is changed is a new object in the place of the old one, with the same tensors where they are not new:
+whoever holds the old one (a list of the model, a closure) has it as it was.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from fusecli import nn as fused
 from fusecli.nn import container_class, make_plain
+from fusecli.nn.duplicate import duplicate
 from fusecli.outcome import LedgerEntry
 from fusecli.rewrite.edits import (
     Bias,
@@ -29,7 +33,7 @@ from fusecli.rewrite.edits import (
     Rewrite,
     Zero,
 )
-from fusecli.rewrite.hooks import BACKWARD, POST, PRE, move_hooks, take_hooks
+from fusecli.rewrite.hooks import BACKWARD, POST, PRE, has_hooks, move_hooks, take_hooks
 from fusecli.rewrite.tree import ModuleTree
 
 # A manifest may come from anybody: a kernel that grew or a product of two layers is not larger than this, in
@@ -57,9 +61,12 @@ def apply_edits(tree: ModuleTree, edits: Iterable[Edit]) -> tuple[LedgerEntry, .
 
 def set_tensors(tree: ModuleTree, tensors: Mapping[str, Tensor]) -> None:
     """Gives modules new parameters; requires_grad stays what it was."""
+    owners = {key.rpartition(".")[0] for key in tensors}
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
-        module = tree[path]
+        # A module with layers inside that change too (its gain goes into one of them) is where those stand.
+        around = any(other.startswith(f"{path}.") for other in owners)
+        module = tree[path] if around else tree.renewed(path)
         if name in module._buffers:
             module._buffers[name] = tensor
             continue
@@ -82,68 +89,78 @@ def _do(tree: ModuleTree, edits: Iterable[Edit]) -> list[LedgerEntry]:
 def _apply(tree: ModuleTree, edit: Edit) -> Iterator[tuple[str, str]]:
     match edit:
         case Plain(path):
-            make_plain(tree[path])
+            make_plain(tree.renewed(path))
             tree.note_plain(path)
         case Bordered(path):
             conv = tree[path]
             if type(conv) not in (fused.BorderedConv1d, fused.BorderedConv2d, fused.BorderedConv3d):
-                tree.replace(path, fused.bordered(conv))
+                tree.replace(path, fused.bordered(tree.renewed(path)))
         case Clone(path, into):
             if any(True for _ in tree[into].children()) or path.startswith(f"{into}."):
                 raise ValueError(f"{into} is no single layer, which alone is stored several times")
-            twin = copy.deepcopy(tree[into])
+            twin = duplicate(tree[into])
             _ = list(take_hooks(twin, PRE + POST + BACKWARD))
-            yield from ((path, hook) for hook in take_hooks(tree[path], PRE + BACKWARD))
-            move_hooks(tree[path], twin, POST)
+            yield from _lost(tree, path, PRE + BACKWARD)
+            move_hooks(_changing(tree, path, POST), twin, POST)
             _replace(tree, path, twin)
         case Bias(path):
-            _add_bias(tree[path])
+            _add_bias(tree.renewed(path))
         case Resize(path, sizes):
-            _resize(tree[path], dict(sizes))
+            _resize(tree.renewed(path), dict(sizes))
         case Passed(path, layers):
             identity = nn.Identity()
-            move_hooks(tree[path], identity, PRE)
+            move_hooks(_changing(tree, path, PRE), identity, PRE)
             for layer in layers:
-                yield from ((layer, hook) for hook in take_hooks(tree[layer], PRE))
-            yield from ((path, hook) for hook in take_hooks(tree[path], POST + BACKWARD))
+                yield from _lost(tree, layer, PRE)
+            yield from _lost(tree, path, POST + BACKWARD)
             _replace(tree, path, identity)
         case Zero(path, into):
-            yield from ((into, hook) for hook in take_hooks(tree[into], POST))
-            yield from ((path, hook) for hook in take_hooks(tree[path], PRE + POST + BACKWARD))
+            yield from _lost(tree, into, POST)
+            yield from _lost(tree, path, PRE + POST + BACKWARD)
             _replace(tree, path, fused.Zero())
         case Identity(path, into, last):
             yield from _absorb(tree, path, into, keep_hooks=last)
             _replace(tree, path, nn.Identity())
         case Remainder(path, into, members):
-            children: dict[str, Any] = tree[path]._modules
             rest = nn.Sequential()
-            rest._modules.update({name: children[name] for name in members})
             # The output of the norm is still there: it is that of its last submodule.
-            move_hooks(tree[path], rest, POST)
+            move_hooks(_changing(tree, path, POST), rest, POST)
+            children: dict[str, Any] = tree[path]._modules
+            rest._modules.update({name: children[name] for name in members})
+            rest.training = tree[path].training  # only the flag: the submodules keep the modes they have
             yield from _absorb(tree, path, into, keep_hooks=False)
             _replace(tree, path, rest)
         case Container(path, cls, members):
+            opening, closing = _changing(tree, members[0], PRE), _changing(tree, members[-1], POST)
             container = container_class(cls)(*(tree[member] for member in members))
-            move_hooks(tree[members[0]], container, PRE)
-            move_hooks(tree[members[-1]], container, POST)
+            move_hooks(opening, container, PRE)
+            move_hooks(closing, container, POST)
             _place(tree, path, members, container)
         case Opaque(path, members, fuser, result):
             if result is None:
                 raise ValueError(f"fuser {fuser!r} has to be called before its edit is applied")
-            move_hooks(tree[members[0]], result, PRE)
-            move_hooks(tree[members[-1]], result, POST)
+            move_hooks(_changing(tree, members[0], PRE), result, PRE)
+            move_hooks(_changing(tree, members[-1], POST), result, POST)
             for member in members:
-                yield from ((member, hook) for hook in take_hooks(tree[member], PRE + POST + BACKWARD))
+                yield from _lost(tree, member, PRE + POST + BACKWARD)
             _place(tree, path, members, result)
 
 
 def _absorb(tree: ModuleTree, path: str, into: str, *, keep_hooks: bool) -> Iterator[tuple[str, str]]:
     """Hooks when the norm at `path` disappears into the layer at `into`."""
-    norm, layer = tree[path], tree[into]
-    yield from ((into, hook) for hook in take_hooks(layer, POST))
-    if keep_hooks:
-        move_hooks(norm, layer, POST)
-    yield from ((path, hook) for hook in take_hooks(norm, PRE + POST + BACKWARD))
+    yield from _lost(tree, into, POST)
+    if keep_hooks and has_hooks(tree[path], POST):
+        move_hooks(tree.renewed(path), tree.renewed(into), POST)
+    yield from _lost(tree, path, PRE + POST + BACKWARD)
+
+
+def _changing(tree: ModuleTree, path: str, registries: tuple[str, ...]) -> nn.Module:
+    """The module at `path`, to take the hooks of `registries` from; without any it is not changed."""
+    return tree.renewed(path) if has_hooks(tree[path], registries) else tree[path]
+
+
+def _lost(tree: ModuleTree, path: str, registries: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    yield from ((path, hook) for hook in take_hooks(_changing(tree, path, registries), registries))
 
 
 def _place(tree: ModuleTree, path: str, members: tuple[str, ...], module: nn.Module) -> None:

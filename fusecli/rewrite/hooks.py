@@ -35,6 +35,11 @@ def take_hooks(module: nn.Module, registries: tuple[str, ...]) -> Iterator[str]:
         hooks.clear()
 
 
+def has_hooks(module: nn.Module, registries: tuple[str, ...]) -> bool:
+    """Whether there is anything in `registries`."""
+    return any(_registry(module, registry) for registry in registries)
+
+
 def _registry(module: nn.Module, name: str) -> dict[int, Any]:
     registry: dict[int, Any] = module.__dict__[name]
     return registry

@@ -49,21 +49,22 @@ def read_spec(path: str | Path) -> Spec:
     return _validated(root, findings, Origin(source=Path(path), sha256=hashlib.sha256(data).hexdigest()))
 
 
-def spec_from_mapping(mapping: Mapping[str, Any], where: str = "spec") -> Spec:
+def spec_from_mapping(mapping: Mapping[str, Any], where: str = "spec", *, alone: bool = False) -> Spec:
     """The spec that a dict holds, read as strictly as a file; places look like `spec.groups[0]`.
 
+    alone  a group may have one name, for a reason that the dict does not tell
     Raises UsageError with all problems at once.
     """
     findings: list[Finding] = []
-    return _validated(_node(mapping, (), where, findings), findings, Origin())
+    return _validated(_node(mapping, (), where, findings), findings, Origin(), alone=alone)
 
 
-def _validated(root: Node, findings: list[Finding], origin: Origin) -> Spec:
+def _validated(root: Node, findings: list[Finding], origin: Origin, *, alone: bool = False) -> Spec:
     hidden = 0
     root = _one_group_is_a_list_of_groups(root)
     try:
         content = nodes.unwrap(root)
-        spec = Spec.model_validate(content, context={"alone": _may_stand_alone(content)})
+        spec = Spec.model_validate(content, context={"alone": alone or _may_stand_alone(content)})
     except ValidationError as error:
         details = error.errors(include_url=False)
         found = [_finding(detail, root) for detail in details[: nodes.MOST_PROBLEMS]]

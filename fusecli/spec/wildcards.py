@@ -47,10 +47,18 @@ def bind_groups(
 
 
 def bind_lists(
-    groups: Sequence[object], names: Collection[str], *, optional_from: int | None = None
+    groups: Sequence[object],
+    names: Collection[str],
+    *,
+    optional_from: int | None = None,
+    alone: bool = False,
 ) -> list[BoundGroup]:
-    """`bind_groups` for plain lists of names, or one list of names; places look like `groups[3]`."""
-    return bind_groups(spec_from_mapping({"groups": groups}, where=""), names, optional_from=optional_from)
+    """`bind_groups` for plain lists of names, or one list of names; places look like `groups[3]`.
+
+    alone  a group may have one name: somebody's fuser takes modules by themselves
+    """
+    spec = spec_from_mapping({"groups": groups}, where="", alone=alone)
+    return bind_groups(spec, names, optional_from=optional_from)
 
 
 class _Binder:

@@ -127,3 +127,29 @@ def test_a_model_that_its_checkpoint_does_not_determine_is_inconclusive(cli, pro
     assert ended.code == 6, ended.out
     assert "two builds of the factory" in " ".join(ended.out.split())
     assert not Path("out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("setup", "result"),
+    [
+        ("self.layers = [self.conv, self.bn]", "self.layers[1](self.layers[0](x))"),
+        ("self.layers = {1: self.conv, 2: (self.bn,)}", "self.layers[2][0](self.layers[1](x))"),
+        ("conv, bn = self.conv, self.bn; self.layers = lambda x: bn(conv(x))", "self.layers(x)"),
+    ],
+)
+@pytest.mark.parametrize("discovered", [False, True])
+def test_case_61_layers_that_forward_reaches_another_way_are_named(cli, project, setup, result, discovered):
+    project(net(setup=setup, result=result), **({"groups": None, "discover": True} if discovered else {}))
+    ended = cli(*FUSE, "--report", "json=-")
+    assert (ended.code, Path("out.safetensors").exists()) == (5 if discovered else 4, False)
+    (no,) = ended.report["unfused" if discovered else "refused"]
+    who = "bn" if discovered else "conv"
+    assert (no["code"], no["reason"]) == (
+        "held-elsewhere",
+        f"forward reaches {who} through `layers`, not by its attribute",
+    )
+
+
+def test_case_61_a_list_of_layers_for_bookkeeping_hinders_no_file(cli, project):
+    project(net(setup="self.layers = [self.conv, self.bn]; self.decayed = [self.conv.weight]"))
+    assert (cli(*FUSE).code, cli(*VERIFY).code) == (0, 0)

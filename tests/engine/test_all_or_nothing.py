@@ -127,9 +127,14 @@ def test_weights_that_are_replaced_are_not_copied(monkeypatch: pytest.MonkeyPatc
     assert {names[id(p)] for p in copied} == {"bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"}
 
 
-def test_in_place_means_the_same_objects() -> None:
+def test_in_place_means_the_same_model_with_new_layers() -> None:
     net = nets.two_pairs()
     conv1, conv2, expected = net.conv1, net.conv2, net(X)
+    weights = conv1.weight.clone(), conv2.weight.clone()
     assert fuse_modules(net, GROUPS, inplace=True) is net
-    assert (net.conv1[0] is conv1, net.conv2 is conv2) == (True, True)
+    # Whoever holds the old ones has them as they were.
+    assert (net.conv1[0] is conv1, net.conv2 is conv2) == (False, False)
+    assert torch.equal(conv1.weight, weights[0])
+    assert torch.equal(conv2.weight, weights[1])
+    assert conv2.bias is None
     assert torch.allclose(net(X), expected, rtol=1e-4, atol=1e-3)

@@ -223,3 +223,23 @@ def test_a_fuser_func_that_returns_too_few() -> None:
     with pytest.raises(UsageError, match="returned 1 modules for 2"):
         fuse_modules(net, ["conv", "act"], True, fuser_func=lambda modules, *_: modules[:1])
     assert type(net.act) is nn.SiLU
+
+
+@pytest.mark.parametrize("key", [(nn.SiLU,), nn.SiLU], ids=["sequence", "class"])
+def test_a_group_of_one_for_a_fuser_of_one_class(key: Any) -> None:
+    net = conv_silu()
+    fused = fuse_modules(net, [["act"]], False, None, mapping(lambda is_qat, act: nn.Sequential(act), key))
+    assert type(fused.act[0]) is nn.SiLU
+    for options in ({}, {"fuse_custom_config_dict": mapping(joined)}):
+        with pytest.raises(UsageError, match="a group needs at least two names"):
+            fuse_modules(net, [["act"]], **options)
+
+
+def test_groups_beside_a_spec_that_takes_single_modules() -> None:
+    net = nets.chain(conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6), drop=nn.Dropout())
+    outcome = fuse(net, X, groups=[["conv", "bn"], ["drop"]], spec={"remove_idle": True})
+    assert (outcome.exit_code, [group.modules for group in outcome.groups]) == (
+        0,
+        [("conv", "bn"), ("drop",)],
+    )
+    assert type(outcome.model.drop) is nn.Identity
