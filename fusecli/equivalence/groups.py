@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare, floating_error
+from fusecli.equivalence.compare import MOST, TOLERANCE, Difference, Incomparable, compare, floating_error
 from fusecli.equivalence.noise import dtype_of, tolerance
 from fusecli.equivalence.regions import Region
 from fusecli.equivalence.run import float64_arithmetic
@@ -65,6 +65,7 @@ class GroupCheck:
     trouble: str = ""
     undefined: bool = False
     misstored: bool = False
+    overflown: bool = False
     _perturbed: list[nn.Module] = field(default_factory=list, repr=False)
 
     @torch.no_grad()  # the forward around may have enabled gradients
@@ -78,7 +79,7 @@ class GroupCheck:
                 self.undefined = True
                 return
             self.difference = self.difference.worse(difference)
-            if self.noticed <= TOLERANCE:
+            if self.noticed <= MOST:  # the tolerance may be raised up to there
                 self.noticed = max(self.noticed, self._disturbed(observed, inputs, turn).error)
 
     @torch.no_grad()
@@ -91,6 +92,8 @@ class GroupCheck:
         drift = self._against(reference, self.fused, inputs, turn).error
         self.noise_floor = max(self.noise_floor or 0.0, noise or 0.0)
         self.drift = max(self.drift or 0.0, drift)
+        # Asked call by call: of another call the original may not be finite either.
+        self.overflown |= drift == math.inf and math.isfinite(noise or 0.0)
 
     @property
     def differs(self) -> bool:
