@@ -180,10 +180,13 @@ def _sentences(found: Findings) -> dict[str, str]:
     drift = "not measured end to end"
     if found.drift is not None and found.noise is not None:
         drift = f"{found.drift:.1e} against the original's own {found.noise:.1e} in the stored dtype"
+    power = f"{noticed} of {total} groups ran and notice 1 % of error in their weights"
+    if drawn := sum(check.drawn for check in checks):
+        power += f", {drawn} of them on random numbers: nothing shows in what flows in"
     return {
         "semantic": f"{equal} of {total} groups equal in float64; end to end {end}",
         "drift": f"{drift}, too far" if found.too_far else drift,
-        "power": f"{noticed} of {total} groups ran and notice 1 % of error in their weights",
+        "power": power,
         "from disk": found.disk,
         **({"training": found.training.said} if found.training else {}),
     }
