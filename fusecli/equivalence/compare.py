@@ -15,8 +15,8 @@ TOLERANCE = 1e-9  # right folds stay below 6e-12 in float64, wrong ones start at
 MOST = 1e-6  # no noise raises the line above this
 # What float64 leaves where numbers of order one cancel: two such outputs are zero but for rounding, so equal.
 RESIDUE = 2.0**-40
-# Where numbers cancel, what is left has the rounding of the numbers before: an error is held against this part
-# of them. Those above LARGE are the fillings of masks, which nothing is subtracted from.
+# Where numbers cancel, what is left has the rounding of the numbers before: an error is held against this
+# part of them. Those above LARGE are the fillings of masks, which nothing is subtracted from.
 LEFT_OVER = 2.0**-14
 LARGE = 1e6
 
@@ -48,7 +48,7 @@ class Difference:
             object.__setattr__(self, "error", math.inf)
 
     def worse(self, other: Difference) -> Difference:
-        """The worse of the two. The order is total: of many, the same one is left however they are combined."""
+        """The worse of the two, in a total order: of many the same one is left however they are combined."""
         return other if other._rank > self._rank else self
 
     @property
@@ -94,7 +94,7 @@ def floating_error(a: Any, b: Any, *, channels: bool = False) -> float | None:
 
 
 def leaves(a: Any, b: Any) -> Iterator[Pair | Difference]:
-    """Every leaf of two outputs: two tensors, or how they differ in anything but numbers; raises Incomparable."""
+    """Every leaf of two outputs: two tensors, or how they differ besides numbers; raises Incomparable."""
     try:
         yield from _leaves(a, b, "output")
     except RecursionError:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusecli.equivalence.compare import MOST, TOLERANCE, Difference, Incomparable, compare, floating_error
+from fusecli.equivalence.compare import MOST, Difference, Incomparable, compare, floating_error
 from fusecli.equivalence.noise import dtype_of, tolerance
 from fusecli.equivalence.power import PERTURBATION, put_off
 from fusecli.equivalence.regions import Region
@@ -88,8 +88,8 @@ class GroupCheck:
 
     @torch.no_grad()
     def on_drawn_input(self, seed: int) -> None:
-        """Where what flows in shows no weight, as the zeros that a pruned norm gives: the group before and after
-        the fold on random numbers of the same shapes. They are only asked whether it is right."""
+        """Where what flows in shows no weight, as the zeros that a pruned norm gives: the group before and
+        after the fold on random numbers of the same shapes. They are only asked whether it is right."""
         if self.noticed > self.tolerance or self._plain is None or not all(self.before):
             return
         turn, plain = self._plain

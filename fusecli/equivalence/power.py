@@ -1,8 +1,8 @@
 """Weights that are off by 1 %: a check that would not notice them proves nothing.
 
-A weight that is 0 is put off like the others, by 1 % of the largest of its tensor. Where all of them are 0, as
-behind a norm whose gamma is, it is put off by 1 % of the tensors that it was folded from: 0 is the right answer
-there as any other number is elsewhere, and a wrong one has their size.
+A weight that is 0 is put off like the others, by 1 % of the largest of its tensor. Where all of them are 0,
+as behind a norm whose gamma is, it is put off by 1 % of the tensors that it was folded from: 0 is the right
+answer there as any other number is elsewhere, and a wrong one has their size.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def put_off(fused: Sequence[nn.Module], before: Sequence[nn.Module], generator: 
 
 
 def move(weight: Tensor, step: Tensor, usual: float) -> None:
-    """Puts each number of `weight` off by `step` per cent of itself; a 0 by that of the tensor's largest, or of
-    `usual` where all are 0."""
+    """Puts each number of `weight` off by `step` per cent of itself; a 0 by that of the tensor's largest, or
+    of `usual` where all are 0."""
     zero = (weight.data == 0) * (_largest(weight) or usual)
     weight.data.add_((weight.data + zero) * (PERTURBATION * step))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fusecli
@@ -97,7 +97,8 @@ def test_case_62_a_wrong_number_beside_the_zeros_is_refused(cli, project, case, 
     zeroed(case)
     assert cli(*FUSE).code == 0
     with safe_open("out.safetensors", "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    tensors = load_file("out.safetensors")
     tensors[key].view(-1)[0] += 0.25
     save_file(tensors, "out.safetensors", metadata)
     ended = cli(*VERIFY)

@@ -67,7 +67,7 @@ def test_zeros_are_proven_like_other_numbers(case: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("case", ["gamma", "norm_in_front"])
 def test_what_is_not_zero_beside_zeros_is_still_held_against_the_original(case: str) -> None:
-    """A fold of other numbers (the shift is forgotten, another eps) is different for what it does elsewhere."""
+    """Of other numbers (a shift is forgotten, another eps) a fold is different for what it does elsewhere."""
 
     def wiring(m: Any, x: Tensor) -> Tensor:
         return m.other_bn(m.other(m.relu(m.bn(m.conv(m.relu(m.first(x)))) + x)))
