@@ -112,9 +112,10 @@ class _Noting(TorchFunctionMode):
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        # What vmap and grad wrap has no numbers of its own.
+        # What vmap and grad wrap has no numbers of its own, a nested tensor has no shape.
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
-        if value.dtype is torch.float64 and value.layout is torch.strided and value.numel() and not wrapped:
+        odd = wrapped or value.is_nested or value.layout is not torch.strided
+        if not odd and value.dtype is torch.float64 and value.numel():
             yield value
     elif isinstance(value, tuple | list):
         for item in value:

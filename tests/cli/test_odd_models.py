@@ -127,3 +127,39 @@ def test_a_model_that_its_checkpoint_does_not_determine_is_inconclusive(cli, pro
     assert ended.code == 6, ended.out
     assert "two builds of the factory" in " ".join(ended.out.split())
     assert not Path("out.safetensors").exists()
+
+
+SPEECH = """
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+class Speech(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6)
+        self.rnn = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x)).transpose(1, 2)
+        packed = pack_padded_sequence(y, [7, 5], batch_first=True)
+        return {result}
+
+build = Speech
+"""
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "result",
+    [
+        "pad_packed_sequence(self.rnn(packed)[0], batch_first=True)",
+        "self.rnn(packed)",
+        "torch.nested.nested_tensor([y[0], y[1, :5]]), self.rnn(packed)[0]",
+    ],
+)
+def test_a_model_that_packs_its_sequences_is_fused(cli, project, result):
+    project(SPEECH.format(result=result), inputs=[{"shape": [2, 4, 7]}])
+    ended = cli(*FUSE)
+    assert ended.code == 0, ended.err
+    assert cli(*VERIFY).code == 0
