@@ -302,7 +302,7 @@ class TestWhatIsRequired:
 
     def test_a_gain_that_is_not_listed_is_no_norm_that_is_left(self, cli: Cli, project: Project) -> None:
         source = GAINS.replace("self.bn(self.act(x))", "self.act(self.bn(x))")
-        project(done, groups=[["linear2", "bn"]], inputs=[{"shape": [2, 8]}])
+        project(source, groups=[["linear2", "bn"]], inputs=[{"shape": [2, 8]}])
         ended = cli(*FUSE, "--min-folded", "100", "--require-all", *JSON)
         assert ended.code == 0, (ended.report["problems"], ended.report["refused"])
         assert codes(ended) == {"norm": "not-listed"}
