@@ -162,7 +162,7 @@ def _lines(outputs: tuple[Any, Any, Any], difference: Gaps, moved: _Moved) -> tu
     power = Gaps.between(output, off)
     rounding: list[Gaps] = []
     while True:
-        rounding += [Gaps.between(output, moved(_half_ulp)) for _ in range(_DRAWS)]
+        rounding += [Gaps.between(output, moved.rounded()) for _ in range(_DRAWS)]
         found = list(lines(outputs, difference, rounding, power, _MARGIN))
         # Of thousands of channels a few lie still in each of a few draws, and so may an argmax.
         near = (line.excess for line in found if not math.isfinite(line.excess) or line.excess <= _MARGIN)
@@ -210,9 +210,24 @@ class _Moved:
         moved = copy.deepcopy(self.twin)
         for parameter, original in zip(moved.parameters(), self.stored.parameters(), strict=True):
             if parameter.is_floating_point():
-                uniform = torch.rand(parameter.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
-                step(parameter.data, uniform.to(parameter.device), original.dtype)
+                step(parameter.data, self._uniform(*parameter.shape).to(parameter.device), original.dtype)
         return run(moved, self.sample, seed=self.seed, dtype=torch.float64)
+
+    def rounded(self) -> Any:
+        """With every number off by up to half a unit in its last place, and as much again for all those of an
+        output together: the scale that a fold multiplies them with is rounded too."""
+
+        def step(weight: Tensor, uniform: Tensor, dtype: torch.dtype) -> None:
+            if weight.ndim > 1:
+                alike = self._uniform(len(weight), *(1,) * (weight.ndim - 1))
+                uniform = uniform + alike.to(weight.device)
+            weight.mul_(1 + uniform * (torch.finfo(dtype).eps / 2))
+
+        return self(step)
+
+    def _uniform(self, *shape: int) -> Tensor:
+        """Between -1 and 1."""
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64) * 2 - 1
 
     def without_gradient(self) -> set[str]:
         """The leaves that no gradient leads to from any parameter."""
@@ -229,10 +244,6 @@ class _Moved:
         other = Gaps.between(output, self(_anything))
         moved = {path for (path, _), gap in other.channels.items() if bool((gap > 0).any())}
         return {path for path, _ in other.channels} - moved
-
-
-def _half_ulp(weight: Tensor, uniform: Tensor, dtype: torch.dtype) -> None:
-    weight.mul_(1 + uniform * (torch.finfo(dtype).eps / 2))
 
 
 def _one_percent(weight: Tensor, uniform: Tensor, _: torch.dtype) -> None:

@@ -36,7 +36,7 @@ def move(weight: Tensor, step: Tensor, usual: float) -> None:
 
 def _weights(modules: Iterable[nn.Module]) -> list[Tensor]:
     """The matrices and kernels among their parameters; where there are none, all; else the buffers."""
-    parameters = [p for module in modules for p in module.parameters() if p.is_floating_point()]
+    parameters: list[Tensor] = [p for module in modules for p in module.parameters() if p.is_floating_point()]
     buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
     return [p for p in parameters if p.ndim > 1] or parameters or buffers
 

@@ -188,3 +188,13 @@ def test_thousands_of_channels_are_each_within_rounding() -> None:
     other.body, other.norm = fuse_linear_bn_eval(other.body, other.norm), nn.Identity()
     judged = fusecli.verify(model, other, images(1, 16))
     assert judged.judgement is not Judgement.DIFFERENT, judged.reasons
+
+
+def test_a_scale_that_was_rounded_once_is_no_error() -> None:
+    """torch multiplies a whole channel with one rounded number, which numbers of one sign add up."""
+    model = net(lambda m, x: m.norm(m.body(x)), body=nn.Linear(8000, 64), norm=nn.BatchNorm1d(64))
+    model.body.weight.data.abs_()
+    other = copy.deepcopy(model)
+    other.body, other.norm = fuse_linear_bn_eval(other.body, other.norm), nn.Identity()
+    judged = fusecli.verify(model, other, images(1, 8000).abs())
+    assert judged.equivalent, judged.reasons
