@@ -51,6 +51,16 @@ _TOPOLOGY = (
         "Nothing has to be done: the norm stays and computes what it did.",
     ),
     Reason(
+        "activation-inside",
+        "The norm's class has an activation or a drop inside, and no single layer stands directly in front "
+        "of it, but a concatenation, a sum or a pooling.",
+        "Across these the norm is folded as a whole, and the activation would go with it: act(y1) + act(y2) "
+        "is not act(y1 + y2). To fold s and t alone, and leave act where it is, is done where one layer "
+        "stands directly in front.",
+        "Nothing has to be done: the class is as it should be, the norm stays and computes what it did. To "
+        "have it folded, make the activation a module of its own behind the norm.",
+    ),
+    Reason(
         "no-linear-consumer",
         "What the norm gives is read by something that could not take it over: an activation, a sum, the "
         "model's output.",

@@ -6,13 +6,15 @@ import copy
 import dataclasses
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Sample:
 
     @classmethod
     def of(cls, inputs: Any) -> Sample:
-        """A tensor is the only argument, a tuple or list are the arguments in order, a dict is by keyword."""
+        """A tensor is the only argument, a tuple or list are the arguments in order, a dict is by keyword. A
+        PackedSequence, which is a tuple by its class, is one argument."""
         if isinstance(inputs, Sample):
             return inputs
         if isinstance(inputs, Mapping):
             return cls(kwargs=dict(inputs))
-        return cls(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,))
+        several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+        return cls(tuple(inputs) if several else (inputs,))
 
     def copy(self, dtype: torch.dtype | None = None) -> Sample:
         """Fresh tensors, the floating ones in `dtype`: a forward may write to its input."""
@@ -41,21 +45,92 @@ class Sample:
 
 
 def mapped(value: Any, leaf: Callable[[Tensor], Any]) -> Any:
-    """Nested tuples, lists, dicts and dataclasses made anew, with `leaf(tensor)` for each tensor in them."""
+    """`value` with `leaf(tensor)` for each tensor in it: containers made anew, of the same class.
+
+    No constructor is called but those of tuple, list and dict themselves: one of somebody else's class may
+    look at what it is given, or take other arguments. What cannot be made anew is passed on whole.
+    """
+    return _mapped(value, leaf, ())
+
+
+def _mapped(value: Any, leaf: Callable[[Tensor], Any], around: tuple[Any, ...]) -> Any:
     if isinstance(value, Tensor):
         return leaf(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, leaf) for item in value))
+    items = _items(value, around)
+    if items is None:
+        return value
+    fresh = [(key, _mapped(item, leaf, (*around, value))) for key, item in items]
+    try:
+        return _remade(value, fresh)
+    except Exception:  # whatever a class does when it is copied
+        return value
+
+
+def _items(value: Any, around: tuple[Any, ...] = ()) -> list[tuple[Any, Any]] | None:
+    """What tensors may be in, in order, each with the key, index or field that it is under. None: it is no
+    container, does not show what is in it, or is one of those `around` it."""
+    if any(value is outer for outer in around):
+        return None
+    try:
+        return _entries(value)
+    except Exception:  # whatever a class does when it is asked
+        return None
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(value, tuple | list):
-        return type(value)(mapped(item, leaf) for item in value)
-    if isinstance(value, dict):
-        return {key: mapped(item, leaf) for key, item in value.items()}
+        return list(enumerate(value))
+    if isinstance(value, Mapping):
+        return list(value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fresh = copy.copy(value)
-        for name in (entry.name for entry in dataclasses.fields(value)):
-            object.__setattr__(fresh, name, mapped(getattr(value, name), leaf))
-        return fresh
-    return value
+        names = [entry.name for entry in dataclasses.fields(value)]
+        return [(name, getattr(value, name)) for name in names if hasattr(value, name)]
+    return None
+
+
+def _remade(value: Any, items: Sequence[tuple[Any, Any]]) -> Any:
+    """A container of the class of `value` that holds these items instead."""
+    cls: Any = type(value)
+    if cls in (tuple, list, dict):
+        return cls(items) if cls is dict else cls(item for _, item in items)
+    if isinstance(value, tuple) and hasattr(cls, "n_sequence_fields"):  # what torch.max and the like return
+        return cls(item for _, item in items)
+    if isinstance(value, tuple):
+        return _with_attributes(tuple.__new__(cls, (item for _, item in items)), value, items)
+    if isinstance(value, list):
+        fresh = list.__new__(cls)
+        list.extend(fresh, (item for _, item in items))
+        return _with_attributes(fresh, value, items)
+    if isinstance(value, dict):
+        return _dict_remade(value, items)
+    fresh = copy.copy(value)
+    for key, item in items:
+        if isinstance(value, Mapping):
+            fresh[key] = item
+        else:
+            object.__setattr__(fresh, key, item)
+    return fresh
+
+
+def _dict_remade(value: dict[Any, Any], items: Sequence[tuple[Any, Any]]) -> Any:
+    cls: Any = type(value)
+    base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    try:
+        fresh = copy.copy(value)  # keeps what else a class holds, such as the factory of a defaultdict
+    except Exception:
+        fresh = cls.__new__(cls)
+    for key, item in items:
+        base.__setitem__(fresh, key, item)
+    return _with_attributes(fresh, value, items)
+
+
+def _with_attributes(fresh: Any, value: Any, items: Sequence[tuple[Any, Any]]) -> Any:
+    """`fresh` with the attributes of `value`; those that are one of its items are the new one."""
+    held = _items(value) or []
+    instead = {id(old): new for (_, old), (_, new) in zip(held, items, strict=True)}
+    if hasattr(value, "__dict__"):
+        vars(fresh).update({name: instead.get(id(old), old) for name, old in vars(value).items()})
+    return fresh
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
@@ -69,10 +144,16 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor inside `value`, in order."""
-    found: list[Tensor] = []
-    mapped(value, found.append)
-    return found
+    """Every tensor inside `value`, in the order in which `mapped` comes to them."""
+    return list(_tensors(value, ()))
+
+
+def _tensors(value: Any, around: tuple[Any, ...]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    for _, item in _items(value, around) or ():
+        yield from _tensors(item, (*around, value))
 
 
 @contextmanager

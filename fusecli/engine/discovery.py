@@ -20,13 +20,14 @@ from fusecli.engine.waves import TELLING, Search
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call
 from fusecli.graph.kinds import LAYER_KINDS, NORM_KINDS, without_statistics
-from fusecli.graph.ops import BATCH_DEPENDENT, NORMS, SUMS
+from fusecli.graph.ops import AVERAGES, BATCH_DEPENDENT, JOINS, NORMS, SUMS
 from fusecli.graph.record import Run
 from fusecli.graph.sites import moved_from, weight_of
 from fusecli.outcome import Refusal, Unfused
 from fusecli.rewrite import ModuleTree
 
 Target = Literal["inference", "quant"]
+_CROSSED = JOINS | SUMS | AVERAGES  # what a whole norm may be folded across
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,36 @@ class _Search:
             try:
                 groups += self._groups(member)
             except NotFoldable as no:
+                no = self._around(member) or no if no.code == "not-affine" else no
                 left[member.path] = Unfused(
                     member.path, type(member.module).__name__, no.code, no.reason, no.evidence, no.remedy
                 )
         return groups, left
+
+    def _around(self, norm: Member) -> NotFoldable | None:
+        """Why a norm whose class is accused would stay whatever its class, for what stands around it: to
+        teach the class would be in vain."""
+        recording = self.audit.recording
+        for visit in recording.visits_of(norm.path):
+            readers = [call for value in visit.gives for call in recording.readers(value)]
+            if readers and all(weight_of(call) is not None for call in readers):
+                continue  # the layers behind it could take it over
+            for value in visit.takes:
+                others = [call for call in recording.readers(value) if call.number not in visit.calls]
+                added = bool(readers) and all(call.name in SUMS for call in readers)
+                if others and added and all(weight_of(call) is not None for call in others):
+                    continue  # parallel layers and a norm are folded to one layer
+                if others and self._producer(value) is not None:
+                    said = f"{norm.path} is not the only one to read what feeds it"
+                    evidence = tuple(recording.described(call) for call in others[:3])
+                    return NotFoldable("multiple-consumers", said, evidence=evidence)
+                maker = self._producer(value)
+                if maker is None or maker.name not in _CROSSED:
+                    try:
+                        self._layer(norm.path, value)
+                    except NotFoldable as no:
+                        return no
+        return None
 
     def _rest(self, norm: Member) -> list[Group]:
         """The layers that feed a norm besides those that are listed with it: it folds into all or none."""

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 
 from fusecli.algebra.blocks import undivided
 from fusecli.engine.decisions import Decision, Modules, refusal
+from fusecli.engine.promises import keeps_promise
 from fusecli.equivalence.compare import TOLERANCE
 from fusecli.equivalence.probe import probe
 from fusecli.errors import NotFoldable, require
-from fusecli.graph.kinds import is_exact
+from fusecli.graph.kinds import is_exact, is_norm
 from fusecli.outcome import LedgerEntry, Refusal
 from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite
 
@@ -65,7 +66,8 @@ def replaced(rewrites: Iterable[Rewrite]) -> set[str]:
 
 def _prove(decision: Decision, modules: Modules) -> None:
     members = {path: modules[path] for path in decision.members}
-    strangers = [type(module).__name__ for module in members.values() if not is_exact(module)]
+    strange = [module for module in members.values() if not is_exact(module)]
+    strangers = [type(module).__name__ for module in strange]
     layer_is_known = is_exact(next(iter(members.values())))
     code = "not-affine" if layer_is_known else "not-linear-in-weight"
     remedy = "teach it with extra_mappings (sequence and fuser) or leave it out"
@@ -76,6 +78,10 @@ def _prove(decision: Decision, modules: Modules) -> None:
     except Exception as error:  # whatever somebody's forward may raise
         message = f"{', '.join(strangers)} could not be probed: {type(error).__name__}: {error}"
         raise NotFoldable(code, message, remedy=remedy) from error
+    if difference.error > TOLERANCE and not layer_is_known:
+        # The norm behind a layer that breaks its promise is not to be blamed for that.
+        blamed = [module for module in strange if not (is_norm(module) and keeps_promise(module))]
+        strangers = [type(module).__name__ for module in blamed]
     require(
         difference.error <= TOLERANCE,
         code,

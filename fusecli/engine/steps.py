@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from fusecli.algebra import round_once
 from fusecli.engine.decisions import Modules
+from fusecli.engine.promises import keeps_promise
 from fusecli.equivalence.compare import TOLERANCE, compare
 from fusecli.equivalence.probe import worst_of
 from fusecli.equivalence.run import float64_arithmetic
 from fusecli.errors import NotFoldable, require
-from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_exact
+from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, NOTHING, is_exact
 from fusecli.graph.lift import channel_affine
 from fusecli.graph.materialise import probe_inputs, with_tensors
 from fusecli.rewrite import Edit, Identity, KeyMap, ModuleTree, Passed, Rewrite, Zero, apply_rewrite, plant
@@ -184,6 +185,15 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
 def _require_equal(module: nn.Module, path: str, meant: Sequence[tuple[Tensor, Tensor]], code: str) -> None:
     with _probing(module, code):
         difference = worst_of([compare(meaning, _run(module, x)) for x, meaning in meant])
+    if difference.error > TOLERANCE and code == "not-affine":
+        inside = [child for child in module._modules.values() if child is not None]
+        acting = ", ".join(type(child).__name__ for child in inside if type(child) not in NOTHING)
+        require(
+            not (inside and keeps_promise(module)),
+            "activation-inside",
+            f"{path} ({type(module).__name__}) has an activation inside, {acting}, and no single layer "
+            "stands directly in front of it",
+        )
     require(
         difference.error <= TOLERANCE,
         code,

@@ -43,13 +43,14 @@ def judge_alone(
         ), wrong
     plain = {path: with_tensors(module, lambda _, old: old) for path, module in original.items()}
     fused = _applied(plain, Rewrite(stored, exact_rewrite.edits))
-    check = GroupCheck(tuple(original), after, fused)
+    before = list(_twin(original).values()), list(original.values())
+    check = GroupCheck(tuple(original), after, fused, before=before)
     generator = torch.Generator().manual_seed(seed)
     x = probe_input(next(iter(original.values())), generator)
     with torch.no_grad():
-        check.semantic(0, Sample((x,)), chain(list(_twin(original).values()), x))
+        check.semantic(0, Sample((x,)), chain(before[0], x))
         narrow = x.to(next(p.dtype for module in original.values() for p in module.parameters()))
-        check.stored(0, Sample((narrow,)), chain(list(original.values()), narrow))
+        check.stored(0, Sample((narrow,)), chain(before[1], narrow))
     return check, []
 
 

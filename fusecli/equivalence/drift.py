@@ -44,4 +44,4 @@ def measure_drift(subject: Subject, sample: Sample, seed: int, reference: Any, f
         return
     if drifts(drift, noise, found.dtype):
         noise = max(noise, noise_of_neighbours(subject.original, sample, reference, seed))
-    found.noise, found.drift = max(found.noise or 0.0, noise), max(found.drift or 0.0, drift)
+    found.note_drift(drift, noise, floating_error(reference, original, channels=True) or 0.0)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare, floating_error
+from fusecli.equivalence.compare import MOST, Difference, Incomparable, compare, floating_error
 from fusecli.equivalence.noise import dtype_of, tolerance
+from fusecli.equivalence.power import PERTURBATION, put_off
 from fusecli.equivalence.regions import Region
 from fusecli.equivalence.run import float64_arithmetic
 from fusecli.graph.dataflow import Call
@@ -24,7 +25,6 @@ from fusecli.sample import Sample, cast, mapped
 
 Inputs = Sample | Sequence[Sample]  # of a chain those of its first member, of a region those of every call
 Observer = Callable[[int, int, Any, Any], None]
-_PERTURBATION = 0.01
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class GroupCheck:
     trouble: str = ""
     undefined: bool = False
     misstored: bool = False
+    overflown: bool = False
+    drawn: bool = False
+    _plain: tuple[int, Inputs] | None = field(default=None, repr=False)
     _perturbed: list[nn.Module] = field(default_factory=list, repr=False)
 
     @torch.no_grad()  # the forward around may have enabled gradients
@@ -78,8 +81,30 @@ class GroupCheck:
                 self.undefined = True
                 return
             self.difference = self.difference.worse(difference)
-            if self.noticed <= TOLERANCE:
+            if self.noticed <= MOST:  # the tolerance may be raised up to there
                 self.noticed = max(self.noticed, self._disturbed(observed, inputs, turn).error)
+            if self.noticed <= MOST and self._plain is None:
+                self._plain = turn, _copied(inputs)
+
+    @torch.no_grad()
+    def on_drawn_input(self, seed: int) -> None:
+        """Where what flows in shows no weight, as the zeros that a pruned norm gives: the group before and
+        after the fold on random numbers of the same shapes. They are only asked whether it is right."""
+        if self.noticed > self.tolerance or self._plain is None or not all(self.before):
+            return
+        turn, plain = self._plain
+        generator = torch.Generator().manual_seed(seed)
+        with float64_arithmetic():
+            try:
+                inputs = _drawn(plain, generator)
+                expected = self._result(self.before[0], _copied(inputs), turn)
+            except Exception:  # e.g. numbers that the group takes for positions
+                return
+            difference = self._against(expected, self.exact, inputs, turn)
+            if difference.error > self.tolerance:
+                return  # another function there: nothing is proven
+            self.noticed = self._disturbed(expected, inputs, turn).error
+            self.drawn = self.noticed > self.tolerance
 
     @torch.no_grad()
     def stored(self, turn: int, inputs: Inputs, observed: Any) -> None:
@@ -91,6 +116,8 @@ class GroupCheck:
         drift = self._against(reference, self.fused, inputs, turn).error
         self.noise_floor = max(self.noise_floor or 0.0, noise or 0.0)
         self.drift = max(self.drift or 0.0, drift)
+        # Asked call by call: of another call the original may not be finite either.
+        self.overflown |= drift == math.inf and math.isfinite(noise or 0.0)
 
     @property
     def differs(self) -> bool:
@@ -128,7 +155,7 @@ class GroupCheck:
         """With weights that are off by 1 %; of what has none, with an output that is."""
         if any(module.state_dict() for module in self.exact):
             return self._against(observed, self._noisy(), inputs, turn)
-        return compare(observed, mapped(observed, lambda tensor: tensor * (1 + _PERTURBATION)))
+        return compare(observed, mapped(observed, lambda tensor: tensor * (1 + PERTURBATION)))
 
     def _shown(self, modules: Sequence[nn.Module], inputs: Inputs, observed: Any) -> Any:
         if self.region is None or isinstance(inputs, Sample):
@@ -156,21 +183,24 @@ class GroupCheck:
     def _noisy(self) -> Sequence[nn.Module]:
         """The fused modules with weights off by 1 %: a check that does not notice them proves nothing."""
         if not self._perturbed:
-            generator = torch.Generator().manual_seed(0)
             self._perturbed = [duplicate(module) for module in self.exact]
-            parameters = [
-                p for module in self._perturbed for p in module.parameters() if p.is_floating_point()
-            ]
-            buffers = [b for module in self._perturbed for b in module.buffers() if b.is_floating_point()]
-            weights = [p for p in parameters if p.ndim > 1] or parameters or buffers
-            for weight in weights:
-                factor = torch.rand(weight.shape, generator=generator, dtype=weight.dtype)
-                weight.data.mul_(1 + _PERTURBATION * (0.5 + 0.5 * factor))
+            put_off(self._perturbed, self.before[0], torch.Generator().manual_seed(0))
         return self._perturbed
 
 
 def _copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
     return inputs.copy(dtype) if isinstance(inputs, Sample) else [sample.copy(dtype) for sample in inputs]
+
+
+def _drawn(inputs: Inputs, generator: torch.Generator) -> Inputs:
+    def random(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
+
+    if isinstance(inputs, Sample):
+        return inputs.mapped(random)
+    return [sample.mapped(random) for sample in inputs]
 
 
 def _chain(modules: Sequence[nn.Module], inputs: Sample, bridges: Bridges = ()) -> Any:

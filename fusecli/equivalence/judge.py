@@ -56,6 +56,8 @@ def judge(
             break
         found.runs += 1
         trial.locate()
+    for check in checks:
+        check.on_drawn_input(seed)
     if subject.names is not None and found.runs:
         tick("training")
         found.training = _trained(subject, subject.names, samples, seed)

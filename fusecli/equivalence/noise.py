@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusecli.equivalence.compare import TOLERANCE, floating_error
+from fusecli.equivalence.compare import MOST, TOLERANCE, floating_error
 from fusecli.equivalence.run import run
 from fusecli.graph.materialise import duplicate
 from fusecli.sample import Sample
@@ -18,14 +19,13 @@ MAX_DRIFT = 10.0  # times the original's own error
 # A network that amplifies rounding does so in float64 too. Measured where a bias of 1e4 to 1e6 cancels a
 # running mean: float64 loses at most 18 times what the noise floor predicts for it.
 _MARGIN = 64.0
-_MOST = 1e-6  # wrong folds start at 4e-5: no noise may raise the line up to there
 _DRAWS = 8
 
 
 def tolerance(noise: float | None, dtype: torch.dtype) -> float:
     """The line for a float64 error, where the error of the original in `dtype` is `noise`."""
     predicted = (noise or 0.0) * torch.finfo(torch.float64).eps / torch.finfo(dtype).eps
-    return min(_MOST, max(TOLERANCE, _MARGIN * predicted))
+    return min(MOST, max(TOLERANCE, _MARGIN * predicted))
 
 
 def drifts(drift: float | None, noise: float | None, dtype: torch.dtype) -> bool:
@@ -33,6 +33,8 @@ def drifts(drift: float | None, noise: float | None, dtype: torch.dtype) -> bool
     exact is granted the rounding of its dtype."""
     if drift is None or noise is None:
         return False
+    if not math.isfinite(drift):  # where the original is finite, however far its neighbours are from it
+        return math.isfinite(noise)
     return not drift <= max(TOLERANCE, MAX_DRIFT * max(noise, torch.finfo(dtype).eps))
 
 
@@ -50,7 +52,7 @@ def noise_of_neighbours(original: nn.Module, sample: Sample, reference: Any, see
                 sign = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device) * 2 - 1
                 parameter.data.mul_(1 + sign * torch.finfo(parameter.dtype).eps)
         errors.append(floating_error(reference, run(moved, sample, seed=seed)) or 0.0)
-    return max(errors)
+    return max(error for error in errors if math.isfinite(error))
 
 
 def dtype_of(modules: Iterable[nn.Module]) -> torch.dtype:

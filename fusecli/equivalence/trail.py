@@ -17,12 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fusecli.equivalence.compare import Difference
+from fusecli.equivalence.compare import LARGE, LEFT_OVER, Difference
 
-# Where numbers cancel, what is left has the rounding of the numbers before: a step is held against this part
-# of them. Those above _LARGE are the fillings of masks, which nothing is subtracted from.
-_LEFT_OVER = 2.0**-14
-_LARGE = 1e6
 Step = tuple[str, tuple[int, ...], float, float]  # name, shape, size of what it was made from, projection
 
 
@@ -43,12 +39,16 @@ class Trail:
             if mine[:2] != theirs[:2]:
                 break
             name, shape, size, projection = mine
+            where = f"step {number + 1} ({name})"
             if math.isfinite(size):
-                largest = max(largest, min(size, _LARGE))
-            if math.isfinite(size) and projection != theirs[3]:
-                scale = max(size, theirs[2], _LEFT_OVER * largest) * math.sqrt(math.prod(shape))
-                error = abs(projection - theirs[3]) / scale
-                worst = worst.worse(Difference(error, f"step {number + 1} ({name})"))
+                largest = max(largest, min(size, LARGE))
+            if math.isnan(size) or size == theirs[2] == math.inf:
+                continue  # no numbers of the original to be held against, as behind the filling of a mask
+            if not math.isfinite(size) or not math.isfinite(theirs[2]):
+                worst = worst.worse(Difference(math.inf, where, "NaN or Inf in one of the two runs"))
+            elif projection != theirs[3]:
+                scale = max(size, theirs[2], LEFT_OVER * largest) * math.sqrt(math.prod(shape))
+                worst = worst.worse(Difference(abs(projection - theirs[3]) / scale, where))
         return worst
 
 
@@ -103,7 +103,7 @@ class _Noting(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if not self._within[0]:
             for tensor in _tensors(result):
-                size = max([_size(tensor), *sources])
+                size = _largest([_size(tensor), *sources])
                 self._steps.append(
                     (getattr(func, "__name__", ""), tuple(tensor.shape), size, _projection(tensor))
                 )
@@ -112,9 +112,10 @@ class _Noting(TorchFunctionMode):
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        # What vmap and grad wrap has no numbers of its own.
+        # What vmap and grad wrap has no numbers of its own, a nested tensor has no shape.
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
-        if value.dtype is torch.float64 and value.layout is torch.strided and value.numel() and not wrapped:
+        odd = wrapped or value.is_nested or value.layout is not torch.strided
+        if not odd and value.dtype is torch.float64 and value.numel():
             yield value
     elif isinstance(value, tuple | list):
         for item in value:
@@ -127,6 +128,11 @@ def _size(tensor: Tensor) -> float:
     """The largest magnitude: where large numbers cancel, what is left has the rounding of the large ones."""
     least, most = torch.aminmax(tensor.detach())
     return max(abs(float(least)), abs(float(most)))
+
+
+def _largest(sizes: Sequence[float]) -> float:
+    """NaN where one of them is, which `max` sees only if it comes first."""
+    return math.nan if any(map(math.isnan, sizes)) else max(sizes)
 
 
 def _projection(tensor: Tensor) -> float:

@@ -60,7 +60,7 @@ class Trial:
                 math.inf, "output", f"the fused model raises {type(error).__name__}: {error}"
             )
             return reference
-        found.end = found.end.worse(compare(reference, output))
+        found.end = found.end.worse(compare(reference, output, channels=True))
         return reference
 
     def _followed(self, model: nn.Module) -> tuple[Trail, Any]:
@@ -132,7 +132,7 @@ class Trial:
                 other, output = self._followed(partly_fused(count))
             except Exception:  # a model that half a fold breaks
                 return True
-            worst = max(compare(reference, output).error, trail.against(other).error)
+            worst = max(compare(reference, output, channels=True).error, trail.against(other).error)
             return worst > found.tolerance
 
         number = culprit(len(found.checks), differs)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fusecli.int8.numbers import telling_size
 from fusecli.int8.pairs import Pair, pairs
 from fusecli.int8.torchao import quiet
 from fusecli.int8.watching import run
@@ -91,7 +92,8 @@ def unequal(before: fx.GraphModule, after: fx.GraphModule, sample: Sample) -> fl
     ends = (tensors_in(run(_InFloat64(graph), wide)) for graph in (before, after))
     for a, b in zip(*ends, strict=True):
         if a.numel():
-            size, error = float(a.double().abs().max()), float((a.double() - b.double()).abs().max())
+            gap = (a.double() - b.double()).where(a != b, 0.0)  # infinities may be equal
+            size, error = telling_size(a, b), float(gap.abs().max())
             ratio = error / size if size else (math.inf if error else 0.0)
             worst = max(worst, ratio if math.isfinite(ratio) else math.inf)
     return worst

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fusecli.errors import Problem, UsageError
+from fusecli.int8.numbers import telling_size
 from fusecli.int8.ops import short
 from fusecli.int8.torchao import quiet
 from fusecli.sample import Sample, tensors_in
@@ -123,8 +124,7 @@ def same_function(model: nn.Module, module: GraphModule, sample: Sample) -> None
         wanted = tensors_in(model(*one.args, **one.kwargs))
         found = tensors_in(module(*other.args, **other.kwargs))
     for a, b in zip(wanted, found, strict=True):
-        finite = a[a.isfinite()]
-        scale = float(finite.abs().max()) if a.is_floating_point() and finite.numel() else 0.0
+        scale = telling_size(a, b) if a.is_floating_point() and a.shape == b.shape else 0.0
         if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=CLOSE * scale, equal_nan=True):
             what = "the exported graph gives other outputs than the model on the same input"
             fix = "look for random numbers or hidden state in its forward"

@@ -108,6 +108,16 @@ def top1(reference: Tensor, other: Tensor) -> float | None:
     return _share(_agreements(reference, other))
 
 
+def telling_size(reference: Tensor, other: Tensor) -> float:
+    """The largest finite |x| of what differs: what is equal in both, such as the filling of a mask, is no
+    measure of an error. Where that is small it is what rounding leaves of the rest, 2^-14, up to 1e6."""
+    size = reference.abs().double().where(reference.isfinite(), 0.0)
+    if not size.numel():
+        return 0.0
+    floor = 2.0**-14 * min(float(size.max()), 1e6)
+    return max(float(size.where(reference != other, 0.0).max()), floor)
+
+
 def accuracy(scores: Tensor, labels: Tensor) -> float:
     """The share of the rows of [n, classes] whose argmax is the label [n]; one that is not finite misses."""
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(scores) == 0:

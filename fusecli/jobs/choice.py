@@ -19,7 +19,7 @@ from fusecli.engine import (
     shared_roots,
 )
 from fusecli.errors import Problem, UsageError
-from fusecli.graph.kinds import LAYER_KINDS, norms, without_statistics
+from fusecli.graph.kinds import LAYER_KINDS, is_norm, norms, without_statistics
 from fusecli.graph.record import Run
 from fusecli.jobs.fold import Fold, Refused, plan_fold, still_computed
 from fusecli.jobs.source import Source
@@ -31,8 +31,24 @@ from fusecli.spec.names import NameTree
 
 # A norm that is left for one of these reasons could have been folded.
 FOLDABLE_LEFT = frozenset({"not-listed", "excluded", "held-back"})
-# These are no part of a percentage: they keep no statistics, so nothing folds them.
-_NEVER = frozenset({"batch-dependent", "no-statistics"})
+# What a function call computes is counted, but for what keeps no statistics.
+_NO_STATISTICS = frozenset({"batch-dependent", "no-statistics", "norm-on-weights"})
+# Containers of a norm that stays in them.
+_STAYS = frozenset({"bn_relu"})
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The norms with running statistics: how many are folded, how many are `staying` in a container that
+    somebody has asked for, and those that are left."""
+
+    folded: int
+    staying: int
+    left: Sequence[Unfused]
+
+    @property
+    def total(self) -> int:
+        return self.folded + self.staying + len(self.left)
 
 
 @dataclass
@@ -97,6 +113,25 @@ class Choice:
     def names(self) -> list[str]:
         """Every module of every group."""
         return [path for group in self.groups for path in group.modules]
+
+    def counted(self, unfused: Iterable[Unfused], decisions: Sequence[Decision] = ()) -> Counted:
+        """The norms with running statistics, and what becomes of them. A LayerNorm, of which nothing but the
+        gain is ever folded, is none of them."""
+
+        def taken(stays: bool) -> set[str]:
+            members = (path for d in decisions if (d.rule in _STAYS) is stays for path in d.members)
+            return {path for path in members if path in self.modules and self._keeps_statistics(path)}
+
+        folded = taken(False)
+        return Counted(len(folded), len(taken(True) - folded), [*filter(self._counts, unfused)])
+
+    def _counts(self, left: Unfused) -> bool:
+        if left.functional or left.module not in self.modules:
+            return left.code not in _NO_STATISTICS
+        return self._keeps_statistics(left.module)
+
+    def _keeps_statistics(self, path: str) -> bool:
+        return is_norm(self.modules[path]) and without_statistics(self.modules[path]) is None
 
     def drop(self, refused: Iterable[Refusal]) -> None:
         self.dropped |= {refusal.group: refusal for refusal in refused}
@@ -307,20 +342,17 @@ def settled(
             choice.drop(no.refused)
 
 
-def shortfall(
-    unfused: Sequence[Unfused], folded: int, *, require_all: bool, min_folded: float | None
-) -> list[str]:
+def shortfall(counted: Counted, *, require_all: bool, min_folded: float | None) -> list[str]:
     """What --require-all and --min-folded have to say about the norms that are left."""
     problems = []
-    left = [norm.module for norm in unfused if norm.code in FOLDABLE_LEFT]
+    left = [norm.module for norm in counted.left if norm.code in FOLDABLE_LEFT]
     if require_all and left:
         names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         problems.append(f"--require-all: {len(left)} norms could be folded and are left: {names}")
-    countable = folded + sum(norm.code not in _NEVER for norm in unfused)
-    percent = 100.0 * folded / countable if countable else 100.0
+    percent = 100.0 * counted.folded / counted.total if counted.total else 100.0
     if min_folded is not None and percent < min_folded:
         problems.append(
-            f"--min-folded {min_folded:g}: {folded} of {countable} norms with running statistics are folded, "
-            f"{percent:.1f} %"
+            f"--min-folded {min_folded:g}: {counted.folded} of {counted.total} norms with running statistics "
+            f"are folded, {percent:.1f} %"
         )
     return problems

@@ -20,7 +20,7 @@ from fusecli.checkpoint import (
     staged,
 )
 from fusecli.consent import Consent
-from fusecli.engine import Group, needed
+from fusecli.engine import Decision, Group, needed
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.dataflow import Recording
@@ -300,10 +300,7 @@ class _Job:
         return samples_of(self.spec, seed, count)[1:]
 
     def _shortfall(self, fold: Fold, choice: Choice) -> list[str]:
-        unfused = choice.unfused(fold.decisions) + self._beyond(choice)
-        folded = len({path for decision in fold.decisions for path in decision.members} & set(choice.norms))
-        request = self.request
-        return shortfall(unfused, folded, require_all=request.require_all, min_folded=request.min_folded)
+        return self._missed(choice, choice.unfused(fold.decisions) + self._beyond(choice), fold.decisions)
 
     def _short(self, outcome: Outcome, fold: Fold, choice: Choice, problems: list[str]) -> Outcome:
         return replace(
@@ -416,7 +413,7 @@ class _Job:
         else:
             why = "the spec lists no groups"
             step = "add groups to the spec; 'fusecli plan' writes them where the model's code is at hand"
-        problems = [why, *self._missed(unfused)]
+        problems = [why, *self._missed(choice, unfused)]
         failed = choice.fell_short
         code = ExitCode.REFUSED if problems[1:] else ExitCode.DIFFERENT if failed else ExitCode.NOTHING
         return replace(
@@ -430,9 +427,11 @@ class _Job:
             next_step=step,
         )
 
-    def _missed(self, unfused: Sequence[Unfused]) -> list[str]:
-        request = self.request
-        return shortfall(unfused, 0, require_all=request.require_all, min_folded=request.min_folded)
+    def _missed(
+        self, choice: Choice, unfused: Sequence[Unfused], decisions: Sequence[Decision] = ()
+    ) -> list[str]:
+        counted, request = choice.counted(unfused, decisions), self.request
+        return shortfall(counted, require_all=request.require_all, min_folded=request.min_folded)
 
 
 def verify_command(request: FuseRequest, target: Path, allowed: Iterable[str]) -> str:

@@ -227,6 +227,26 @@ def test_float16_overflow_is_left_out_and_the_rest_is_written(cli: Cli, project:
     assert isinstance(fused.bn2, torch.nn.BatchNorm2d)
 
 
+GAINS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear, self.linear2 = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.act, self.bn = nn.Sigmoid(), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        y = self.norm(x)
+        x = self.linear(y)
+        x = self.linear2(x.sigmoid())
+        return self.bn(self.act(x))
+
+build = Net
+"""
+
+
 class TestWhatIsRequired:
     @pytest.mark.parametrize("flags", [("--require-all",), ("--min-folded", "100"), ("--min-folded", "83.4")])
     def test_4_a_norm_that_is_not_listed(self, cli: Cli, digits: Path, flags: Sequence[str]) -> None:
@@ -268,6 +288,40 @@ class TestWhatIsRequired:
         project(PAIR.replace("bn=nn.BatchNorm2d(6)", "bn=nn.BatchNorm2d(6), group=nn.GroupNorm(2, 6)"))
         ended = cli(*FUSE, "--min-folded", "100", "--require-all", *JSON)
         assert (ended.code, codes(ended)) == (0, {"group": "batch-dependent"})
+
+    @pytest.mark.parametrize("norm", ["LayerNorm(8)", "RMSNorm(8)"])
+    def test_a_gain_is_no_norm_with_running_statistics(self, cli: Cli, project: Project, norm: str) -> None:
+        """A folded gain is no part of what is folded, and one that stays is no part of what is left."""
+        source = GAINS.replace("LayerNorm(8)", norm)
+        project(source, groups=None, discover=True, inputs=[{"shape": [2, 8]}])
+        ended = cli(*FUSE, "--min-folded", "50", *JSON)
+        assert ended.code == 4
+        (problem,) = ended.report["problems"]
+        assert problem.startswith("--min-folded 50: 0 of 1 norms with running statistics are folded, 0.0 %")
+        assert ["norm", "linear"] in [group["modules"] for group in ended.report["groups"]]
+
+    def test_a_gain_that_is_not_listed_is_no_norm_that_is_left(self, cli: Cli, project: Project) -> None:
+        source = GAINS.replace("self.bn(self.act(x))", "self.act(self.bn(x))")
+        project(source, groups=[["linear2", "bn"]], inputs=[{"shape": [2, 8]}])
+        ended = cli(*FUSE, "--min-folded", "100", "--require-all", *JSON)
+        assert ended.code == 0, (ended.report["problems"], ended.report["refused"])
+        assert codes(ended) == {"norm": "not-listed"}
+
+    def test_a_gain_that_is_refused_is_no_norm_that_is_left(self, cli: Cli, project: Project) -> None:
+        source = GAINS.replace("self.bn(self.act(x))", "self.act(self.bn(x)) + y").replace("(y)", "(y) + y")
+        project(source, groups=None, discover=True, inputs=[{"shape": [2, 8]}])
+        ended = cli(*FUSE, "--min-folded", "100", "--require-all", *JSON)
+        assert ended.code == 0, ended.report["problems"]
+        assert "norm" in codes(ended)
+
+    def test_a_norm_that_stays_in_a_container_is_not_folded(self, cli: Cli, project: Project) -> None:
+        project(
+            PAIR.replace("bn=nn.BatchNorm2d(6)", "bn=nn.BatchNorm2d(6), b=nn.BatchNorm2d(6), r=nn.ReLU()"),
+            groups=[["conv", "bn"], ["b", "r"]],
+        )
+        ended = cli(*FUSE, "--min-folded", "51", *JSON)
+        assert ended.code == 4
+        assert "1 of 2 norms with running statistics" in ended.report["problems"][0]
 
     def test_with_nothing_listed(self, cli: Cli, digits: Path) -> None:
         respec()

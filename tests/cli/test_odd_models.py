@@ -153,3 +153,39 @@ def test_case_61_layers_that_forward_reaches_another_way_are_named(cli, project,
 def test_case_61_a_list_of_layers_for_bookkeeping_hinders_no_file(cli, project):
     project(net(setup="self.layers = [self.conv, self.bn]; self.decayed = [self.conv.weight]"))
     assert (cli(*FUSE).code, cli(*VERIFY).code) == (0, 0)
+
+
+SPEECH = """
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+class Speech(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6)
+        self.rnn = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x)).transpose(1, 2)
+        packed = pack_padded_sequence(y, [7, 5], batch_first=True)
+        return {result}
+
+build = Speech
+"""
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "result",
+    [
+        "pad_packed_sequence(self.rnn(packed)[0], batch_first=True)",
+        "self.rnn(packed)",
+        "torch.nested.nested_tensor([y[0], y[1, :5]]), self.rnn(packed)[0]",
+    ],
+)
+def test_a_model_that_packs_its_sequences_is_fused(cli, project, result):
+    project(SPEECH.format(result=result), inputs=[{"shape": [2, 4, 7]}])
+    ended = cli(*FUSE)
+    assert ended.code == 0, ended.err
+    assert cli(*VERIFY).code == 0

@@ -75,3 +75,22 @@ def test_case_49_rounding_of_an_argmax_is_no_drift() -> None:
 def test_case_49_a_distance_of_zero_is_zero_but_for_rounding() -> None:
     model = straight(lambda y: 1 - torch.cosine_similarity(y.flatten(1), 3 * y.flatten(1)))
     assert fused(model, ["conv", "bn", "relu"]).status == "fused"
+
+
+@pytest.mark.parametrize("op", [torch.sqrt, torch.log, lambda y: torch.clamp(y, min=-1e-3).rsqrt()])
+def test_case_49_a_second_reader_that_breaks_behind_the_head_is_seen(op: Any) -> None:
+    """What is positive in the original, and negative once it is scaled by a negative gamma, ends in NaN."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x.abs())
+        z = m.bn(y)
+        op(y)
+        return z.mean((2, 3)).argmax(1)
+
+    model = net(wiring, conv=conv(), bn=bn())
+    with torch.no_grad():
+        model.conv.weight.abs_()
+        model.conv.bias.abs_()
+    found = judged(model)
+    assert (found.judgement, found.first_different) == (Judgement.DIFFERENT, ("conv", "bn"))
+    assert consistent(found)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusecli.equivalence.compare import Incomparable, compare, floating_error
+from fusecli.equivalence.compare import Difference, Incomparable, compare, floating_error
 from fusecli.equivalence.trail import Trail
 
 NAN, INF = math.nan, math.inf
@@ -134,3 +134,67 @@ def test_a_trail_knows_single_elements_and_forgives_cancellation() -> None:
     zero = Trail([("relu", (4,), 0.0, 0.0)])
     assert zero.against(Trail([("relu", (4,), 1.0, 0.5)])).error > 1e-2
     assert Trail(a).against(Trail([("mul", (4,), 1.0, 9.0)])).error == 0.0
+
+
+# Pairs of leaves: a plain error of 0.25, one of 1e-12 that has a `why`, the original's own NaN, a new NaN.
+PLAIN = (T([1.0]), T([0.75]))
+EXPLAINED = (T([2.0**-40], dtype=torch.float64), T([2.0**-40 * (1 + 1e-12)], dtype=torch.float64))
+UNDEFINED = (T([NAN]), T([NAN]))
+BROKEN = (T([1.0]), T([NAN]))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("leaves", "error", "undefined"),
+    [
+        ((PLAIN, EXPLAINED), 0.25, False),
+        ((PLAIN, UNDEFINED), 0.25, False),
+        ((UNDEFINED, EXPLAINED), INF, True),
+        ((BROKEN, UNDEFINED), INF, False),
+        ((BROKEN, PLAIN, EXPLAINED, UNDEFINED), INF, False),
+    ],
+)
+def test_the_worst_is_kept_in_whatever_order_it_comes(
+    leaves: Any, order: int, error: float, undefined: bool
+) -> None:
+    a, b = zip(*leaves[::order], strict=True)
+    found = compare(a, b)
+    assert (found.error, found.undefined) == (error, undefined)
+
+
+def test_what_is_wrong_beside_a_nan_of_the_original_is_wrong() -> None:
+    assert compare(T([NAN, 1.0]), T([NAN, 0.75])).error == 0.25
+    assert not compare(T([NAN, 1.0]), T([NAN, 0.75])).undefined
+    assert not compare(T([NAN, 1.0]), T([NAN, NAN])).undefined
+    assert compare(T([NAN, 1.0]), T([NAN, 1.0])).undefined
+
+
+def test_an_error_that_is_no_number_is_the_worst() -> None:
+    assert Difference(NAN).error == INF
+    assert Difference(0.5).worse(Difference(NAN)).error == INF
+
+
+def test_constants_that_are_equal_in_both_hide_nothing() -> None:
+    """The filling of a mask, huge or infinite, is no measure of what stands beside it."""
+    for filling in (-1e9, -1e30, -INF):
+        a, b = (T([filling, value, 3.0], dtype=torch.float64) for value in (1.0, 1.0 + 1e-4))
+        assert compare(a, b).error > 1e-6
+
+
+def test_a_channel_is_held_against_its_own_size() -> None:
+    a = T([[1e3, 1e-1], [2e3, 2e-1]], dtype=torch.float64)
+    b = a + T([[0.0, 1e-7], [0.0, 0.0]], dtype=torch.float64)
+    assert compare(a, b, channels=True).error > 4e-7
+    assert compare(a.T.reshape(1, 2, 2, 1), b.T.reshape(1, 2, 2, 1), channels=True).error > 4e-7
+    # What is left where large numbers cancel is no channel of its own.
+    assert compare(T([1.0, 1e-17]), T([1.0, 3e-17]), channels=True).error < 1e-9
+    assert compare(T(1.0), T(2.0), channels=True).error == 1.0
+
+
+@pytest.mark.parametrize("broken", [NAN, INF])
+def test_a_trail_that_breaks_in_one_run_is_different(broken: float) -> None:
+    sound = [("sqrt", (4,), 1.0, 0.25), ("mul", (4,), 1.0, 0.25)]
+    other = [("sqrt", (4,), broken, NAN), ("mul", (4,), 1.0, 0.25)]
+    assert Trail(sound).against(Trail(other)).error == INF
+    # The original's own are nothing to be held against.
+    assert Trail(other).against(Trail(other)).error == 0.0

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import fusecli
 from fusecli.outcome import Judgement, Verdict
 from tests.equivalence.nets import X, bn, changed, conv, net, straight
+from tests.nets import images
 
 
 def by_torch(model: Any) -> Any:
@@ -87,3 +88,113 @@ def test_wrong_weights_are_different(key: str) -> None:
     assert (
         verify(model, changed(by_torch(model), key, lambda w: w[0].neg_())).judgement is Judgement.DIFFERENT
     )
+
+
+# Masked logits and the like: what stands beside the number that is wrong.
+MASK = torch.arange(5) < 3
+HIDING = {
+    "filled": lambda y: y.masked_fill(~MASK, -1e9),
+    "filled_with_infinity": lambda y: y.masked_fill(~MASK, -torch.inf),
+    "added": lambda y: y + torch.where(MASK, 0.0, -1e9),
+    "filled_by_rows": lambda y: torch.where(torch.eye(6, 5) > 0, -1e9, y),
+    "added_by_rows": lambda y: y + torch.where(torch.eye(6, 5) > 0, -1e9, 0.0),
+    "scaled_channels": lambda y: y * torch.tensor([1.0, 1.0, 1e9, 1e6, 1e6]),
+    "another_leaf": lambda y: (y, 1e9 * y),
+    "images": lambda y: (y * torch.tensor([1.0, 1.0, 1e9, 1e6, 1e6]))[..., None, None].expand(-1, -1, 2, 2),
+}
+
+
+def masked(head: Any, seed: int = 0) -> Any:
+    def wiring(m: Any, x: Tensor) -> Any:
+        return head(m.head(m.norm(m.body(x)).relu()))
+
+    return net(wiring, seed, body=nn.Linear(4, 8), norm=nn.BatchNorm1d(8), head=nn.Linear(8, 5))
+
+
+def folded(model: Any) -> Any:
+    other = copy.deepcopy(model)
+    other.body, other.norm = fuse_linear_bn_eval(other.body, other.norm), nn.Identity()
+    return other
+
+
+@pytest.mark.parametrize("case", HIDING)
+def test_nothing_hides_behind_a_huge_number(case: str) -> None:
+    x = images(6, 4)
+    for seed in range(5):
+        model = masked(HIDING[case], seed)
+        right = folded(model)
+        judged = fusecli.verify(model, right, x)
+        assert judged.equivalent, (seed, judged.reasons)
+        for change in (lambda w: w[1].mul_(-3.0), lambda w: w[1].mul_(1 + 1e-3)):
+            for key in ("head.weight", "head.bias"):
+                judged = fusecli.verify(model, changed(right, key, change), x)
+                assert judged.judgement is Judgement.DIFFERENT, (seed, key, judged.reasons)
+                assert "output" in judged.reasons[0]
+
+
+def test_each_leaf_has_to_notice() -> None:
+    """A second head that shows nothing of its weights is not proven by the first."""
+
+    def wiring(m: Any, x: Tensor) -> Any:
+        y = m.bn(m.conv(x))
+        return {"shown": y, "saturated": (m.spare(y).mean((2, 3)) * 1e-3 + 1e3).sigmoid()}
+
+    model = net(wiring, conv=conv(), bn=bn(), spare=conv())
+    judged = verify(model, by_torch(model))
+    assert judged.judgement is Judgement.INCONCLUSIVE
+    assert judged.reasons[0] == "output['saturated'] does not notice weights that are off by 1 %"
+
+
+CONSTANT = {
+    "input": lambda y, x: (y, x * 2),
+    "anchors": lambda y, x: (y, torch.arange(4.0)),
+    "integers": lambda y, x: (y, y.mean((2, 3)).argmax(1)),
+    "empty": lambda y, x: (y, y[:0]),
+    "number": lambda y, x: (y, float(y.mean())),
+    "cancelled": lambda y, x: torch.stack([y, y * 0.3 * 10 - y * 3 + 1e-14, y * 1e-8]).movedim(0, -1),
+}
+
+
+@pytest.mark.parametrize("case", CONSTANT)
+def test_what_no_weight_could_change_needs_no_power(case: str) -> None:
+    model = net(lambda m, x: CONSTANT[case](m.relu(m.bn(m.conv(x))), x), conv=conv(), bn=bn(), relu=nn.ReLU())
+    judged = verify(model, by_torch(model))
+    assert judged.equivalent, judged.reasons
+
+
+def test_zero_but_for_rounding_is_not_different() -> None:
+    model = straight(lambda y: (y, 1 - torch.cosine_similarity(y.flatten(1), 3 * y.flatten(1))))
+    judged = verify(model, by_torch(model))
+    assert judged.judgement is Judgement.INCONCLUSIVE
+    assert judged.reasons[0] == "output[1] does not notice weights that are off by 1 %"
+
+
+def test_integers_that_rounding_decides_are_not_different() -> None:
+    """Two equal logits: which of them is the larger is a matter of the last bit."""
+    model = straight(lambda y: (y, torch.stack([y * 0.1 * 3, y * 0.3], 1).argmax(1)))
+    assert verify(model, by_torch(model)).judgement is not Judgement.DIFFERENT
+
+
+def test_zero_gammas_are_no_obstacle() -> None:
+    model = straight()
+    model.bn.weight.data.zero_()
+    assert verify(model, by_torch(model)).equivalent
+
+
+def test_thousands_of_channels_are_each_within_rounding() -> None:
+    """Of many channels one lies still in each of a few draws: its own rounding is no error for that."""
+    model = net(lambda m, x: m.norm(m.body(x)), body=nn.Linear(16, 4000), norm=nn.BatchNorm1d(4000))
+    other = copy.deepcopy(model)
+    other.body, other.norm = fuse_linear_bn_eval(other.body, other.norm), nn.Identity()
+    judged = fusecli.verify(model, other, images(1, 16))
+    assert judged.judgement is not Judgement.DIFFERENT, judged.reasons
+
+
+def test_a_scale_that_was_rounded_once_is_no_error() -> None:
+    """torch multiplies a whole channel with one rounded number, which numbers of one sign add up."""
+    model = net(lambda m, x: m.norm(m.body(x)), body=nn.Linear(8000, 64), norm=nn.BatchNorm1d(64))
+    model.body.weight.data.abs_()
+    other = copy.deepcopy(model)
+    other.body, other.norm = fuse_linear_bn_eval(other.body, other.norm), nn.Identity()
+    judged = fusecli.verify(model, other, images(1, 8000).abs())
+    assert judged.equivalent, judged.reasons

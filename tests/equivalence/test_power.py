@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fusecli
 from fusecli.errors import ExitCode
 from fusecli.outcome import Judgement
-from tests.equivalence.nets import X, bn, consistent, conv, fused, net, verdict
+from tests.equivalence.nets import X, bn, changed, consistent, conv, fused, net, right_fold, verdict
 from tests.nets import images
 
 BLIND = {
-    "zero_inputs": (lambda m, x: m.bn(m.conv(x * 0)), {}),
     "nothing_gets_through": (lambda m, x: m.relu(m.bn(m.conv(x))), {"bn.bias": -1e6}),
     "empty_batch": (lambda m, x: m.bn(m.conv(x[:0])), {}),
-    "only_a_bias": (lambda m, x: m.bn(m.conv(x)), {"conv.weight": 0.0}),
 }
 
 
@@ -33,6 +33,65 @@ def test_a_group_that_would_not_notice_a_wrong_weight_is_inconclusive(case: str)
     assert "do not notice weights that are off by 1 %" in verdict(outcome).reasons[0]
     assert verdict(outcome).check_results["power"] is Judgement.INCONCLUSIVE
     assert consistent(verdict(outcome))
+
+
+# What is 0 in every fold, right or wrong, is proven like any other number: by what a wrong one would do.
+ZEROS: dict[str, dict[str, Any]] = {
+    "gamma": {"bn.weight": ...},
+    "some_gammas": {"bn.weight": [0, 2]},
+    "weight": {"conv.weight": ...},
+    "some_kernels": {"conv.weight": [1]},
+    "pruned_channels": {"conv.weight": [0, 1], "conv.bias": [0, 1], "bn.weight": [0, 1], "bn.bias": [0, 1]},
+    "pruned_layer": {"conv.weight": ..., "conv.bias": ..., "bn.weight": ..., "bn.bias": ...},
+    "norm_in_front": {"first.weight": ..., "first.bias": ...},
+}
+
+
+@pytest.mark.parametrize("case", ZEROS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_are_proven_like_other_numbers(case: str, dtype: torch.dtype) -> None:
+    model = net(
+        lambda m, x: m.bn(m.conv(m.relu(m.first(x)))), first=bn(), relu=nn.ReLU(), conv=conv(), bn=bn()
+    )
+    for key, where in ZEROS[case].items():
+        model.state_dict()[key][where] = 0.0
+    outcome = fused(model.to(dtype), x=X.to(dtype))
+    assert outcome.exit_code is ExitCode.OK, verdict(outcome).reasons
+    assert consistent(verdict(outcome))
+    right = outcome.model
+    for key, tensor in right.state_dict(keep_vars=True).items():
+        if key in ("conv.weight", "conv.bias"):
+            wrong = changed(right, key, lambda w: w[0].add_(0.5))
+            assert fusecli.verify(model, wrong, X.to(dtype)).judgement is Judgement.DIFFERENT, (key, tensor)
+
+
+@pytest.mark.parametrize("case", ["gamma", "norm_in_front"])
+def test_what_is_not_zero_beside_zeros_is_still_held_against_the_original(case: str) -> None:
+    """Of other numbers (a shift is forgotten, another eps) a fold is different for what it does elsewhere."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        return m.other_bn(m.other(m.relu(m.bn(m.conv(m.relu(m.first(x)))) + x)))
+
+    model = net(
+        wiring, first=bn(), relu=nn.ReLU(), conv=conv(), bn=bn(), other=conv(bias=False), other_bn=bn()
+    )
+    for key, where in ZEROS[case].items():
+        model.state_dict()[key][where] = 0.0
+    groups = [["conv", "bn"], ["other", "other_bn"]]
+    right = right_fold(model, *groups)
+    assert fusecli.verify(model, right, X).equivalent
+    for name in ("conv.bias", "other.bias"):
+        wrong = changed(right, name, Tensor.zero_)
+        assert fusecli.verify(model, wrong, X).judgement is Judgement.DIFFERENT, name
+    elsewhere = copy.deepcopy(model)
+    elsewhere.other_bn.eps = 1e-2
+    assert fusecli.verify(model, fusecli.fuse_modules(elsewhere, groups), X).judgement is Judgement.DIFFERENT
+
+
+def test_an_input_of_zeros_is_replaced_by_one_that_shows_the_weights() -> None:
+    outcome = fused(net(lambda m, x: m.bn(m.conv(x * 0)), conv=conv(), bn=bn()))
+    assert outcome.exit_code is ExitCode.OK, verdict(outcome).reasons
+    assert "1 of them on random numbers" in verdict(outcome).checks["power"]
 
 
 def test_one_call_that_notices_is_enough() -> None:

@@ -324,6 +324,25 @@ def test_unequal_sees_what_is_not_equal():
     assert unequal(graph, other, sample) == float("inf")
 
 
+@pytest.mark.parametrize("filling", [-1e9, float("-inf")])
+def test_unequal_is_not_blind_beside_a_mask(filling):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+            self.register_buffer("mask", torch.arange(6) < 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).masked_fill(self.mask, filling)
+
+    graph = graph_of(Masked(), 3, 4)
+    other, sample = twin(graph), input_of(graph)
+    assert unequal(graph, other, sample) == 0
+    with torch.no_grad():
+        other.get_parameter("layer.bias").add_(0.1)
+    assert unequal(graph, other, sample) > 1e-4
+
+
 def test_unequal_runs_ops_that_name_a_dtype_in_float64():
     class Named(nn.Module):
         def __init__(self) -> None:
