@@ -49,6 +49,7 @@ class Upward:
 
     def go(self, value: int, shifts: bool) -> None:
         routes, recording = self.routes, self.routes.recording
+        routes.audit.require_unpadded(value)
         giver = routes.giving(value)
         if giver is not None and giver[0].path != self.found.path:
             if giver[0].path not in routes.gone:
@@ -141,6 +142,7 @@ class Downward:
             return
         self._seen.add(value)
         self.beside.discard(value)
+        self.routes.audit.require_unpadded(value)
         readers = self.routes.recording.readers(value)
         require(bool(readers), "not-executed", f"nobody reads what {self.found.path} gives")
         for call in readers:

@@ -326,7 +326,7 @@ def wide(
 
 
 # What says more about a map that stays than that nothing feeds it.
-TELLING = ("padding-border", "transposed-shift", "tied-weights")
+TELLING = ("padding-border", "transposed-shift", "tied-weights", "padded-rows")
 
 
 def rule_for(

@@ -20,6 +20,8 @@ from fusecli.equivalence.noise import drifts, tolerance
 from fusecli.equivalence.training import Training
 from fusecli.outcome import Judgement, Verdict
 
+_FAST = "the fast path that torch takes without hooks and modes"
+
 
 @dataclass
 class Findings:
@@ -29,6 +31,7 @@ class Findings:
     unmeasured why there is no run in the stored dtype
     misstored  which stored tensors do not hold the fold
     broken     why the fused model does not run in the stored dtype, where the original does
+    unwatched  as users run it, the original is another function than in float64 under hooks: a fast path
     """
 
     checks: list[GroupCheck]
@@ -41,6 +44,7 @@ class Findings:
     unmeasured: list[str] = field(default_factory=list)
     misstored: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    unwatched: bool = False
     disk: str = ""
     runs: int = 0
     training: Training | None = None
@@ -116,7 +120,11 @@ def _differences(found: Findings, different: Sequence[GroupCheck]) -> list[str]:
         reasons.append(f"end to end: {_whole(found)}")
     if found.too_far and not found.broken:
         noise = f"10 times the noise floor {found.noise or 0.0:.1e}"
-        reasons.append(f"drift {found.drift or math.inf:.1e} is above {noise}")
+        drift = f"drift {found.drift or math.inf:.1e}"
+        if found.unwatched:
+            error = f"{found.drift or math.inf:.1e}"
+            drift = f"as users run them, on {_FAST}, original and fold differ by {error}, which"
+        reasons.append(f"{drift} is above {noise}")
     trains = found.training is None or found.training.judgement is not Judgement.DIFFERENT
     reasons += [] if trains else [f"in train mode {found.training.said}"]  # type: ignore[union-attr]
     return [*reasons, *found.broken, *found.misstored]
@@ -170,6 +178,7 @@ def _sentences(found: Findings) -> dict[str, str]:
     drift = "not measured end to end"
     if found.drift is not None and found.noise is not None:
         drift = f"{found.drift:.1e} against the original's own {found.noise:.1e} in the stored dtype"
+        drift += f", on {_FAST}" if found.unwatched else ""
     return {
         "semantic": f"{equal} of {total} groups equal in float64; end to end {end}",
         "drift": f"{drift}, too far" if found.too_far else drift,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
+from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare, floating_error
+from fusecli.equivalence.noise import drifts, narrowest, noise_of_neighbours
 from fusecli.equivalence.reading import Reading
 from fusecli.equivalence.run import run
 from fusecli.errors import Problem, UsageError
@@ -52,6 +53,15 @@ class _Fails(Exception):
 
 
 @dataclass(frozen=True)
+class AsRun:
+    """Both models as users run them: in the stored dtype, without modes, hooks or gradients; torch may take a
+    fast path only there. `reason` says how they differ, "" where they do not or nobody can tell."""
+
+    said: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class _Seen:
     """What the runs showed: relative errors, and the parameters that no operation read.
 
@@ -64,6 +74,7 @@ class _Seen:
     rounding: float
     noticed: float
     unread: list[str]
+    as_run: AsRun
 
     @property
     def line(self) -> float:
@@ -77,6 +88,8 @@ class _Seen:
         if self.difference.error > self.line:
             error = f"relative error {self.difference.error:.1e} in float64"
             return Judgement.DIFFERENT, self.difference.why or error
+        if self.as_run.reason:
+            return Judgement.DIFFERENT, self.as_run.reason
         if self.noticed <= self.line:
             return Judgement.INCONCLUSIVE, "the outputs do not notice weights that are off by 1 %"
         if self.unread:
@@ -106,6 +119,7 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
         rounding=max(_moved(b, fused, output, sample, seed, generator, _half_ulp) for _ in range(_DRAWS)),
         noticed=_moved(b, fused, output, sample, seed, generator, _one_percent),
         unread=[name for name, parameter in b.named_parameters() if id(parameter) not in reading.read],
+        as_run=_as_run(original, fused, sample, seed),
     )
     judgement, reason = seen.judged()
     error = seen.difference.error
@@ -120,9 +134,35 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
         checks={
             "semantic": f"outputs differ by {error:.1e} in float64",
             "rounding": f"half a unit in the last place of the weights moves them by {seen.rounding:.1e}",
+            "drift": seen.as_run.said,
             "power": f"1 % of error in the weights moves them by {seen.noticed:.1e}",
         },
         reasons=(reason,) if reason else (),
+    )
+
+
+def _as_run(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) -> AsRun:
+    """Held against each other, by what a unit in the last place of either's weights does to it."""
+    dtype = narrowest([*original.parameters(), *fused.parameters()])
+    try:
+        first, second = run(original, sample, seed=seed), run(fused, sample, seed=seed)
+    except Exception as error:  # e.g. two dtypes, or an op that this CPU build has not got in float16
+        return AsRun(f"not run in the stored dtype, {dtype}: {type(error).__name__}: {error}")
+    error = floating_error(first, second)
+    if error is None or error != error:
+        return AsRun("the outputs hold no numbers in the stored dtype")
+    noise = torch.finfo(dtype).eps
+    if drifts(error, noise, dtype):
+        moved = ((original, first), (fused, second))
+        noise = max(noise, *(noise_of_neighbours(model, sample, own, seed) for model, own in moved))
+    last = f"a unit in the last place of the weights moves them by {noise:.1e}"
+    said = f"as users run them they differ by {error:.1e}; {last}"
+    if not drifts(error, noise, dtype):
+        return AsRun(said)
+    return AsRun(
+        said,
+        f"they agree in float64, but as users run them, without hooks and modes, they differ by {error:.1e}: "
+        "torch takes a fast path there",
     )
 
 

@@ -18,14 +18,14 @@ MAX_DRIFT = 10.0  # times the original's own error
 # A network that amplifies rounding does so in float64 too. Measured where a bias of 1e4 to 1e6 cancels a
 # running mean: float64 loses at most 18 times what the noise floor predicts for it.
 _MARGIN = 64.0
-_MOST = 1e-6  # wrong folds start at 4e-5: no noise may raise the line up to there
+MOST = 1e-6  # wrong folds start at 4e-5: no noise may raise the line up to there
 _DRAWS = 8
 
 
 def tolerance(noise: float | None, dtype: torch.dtype) -> float:
     """The line for a float64 error, where the error of the original in `dtype` is `noise`."""
     predicted = (noise or 0.0) * torch.finfo(torch.float64).eps / torch.finfo(dtype).eps
-    return min(_MOST, max(TOLERANCE, _MARGIN * predicted))
+    return min(MOST, max(TOLERANCE, _MARGIN * predicted))
 
 
 def drifts(drift: float | None, noise: float | None, dtype: torch.dtype) -> bool:
