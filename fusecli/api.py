@@ -45,7 +45,7 @@ from fusecli.jobs.in_memory import (
     require_folds,
     resting,
 )
-from fusecli.jobs.plan import listing
+from fusecli.jobs.plan import listing, remarks
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.source import Source, folder_of, vocabulary_of
@@ -255,6 +255,7 @@ def fuse(
             *facts.bare_ledger(choice.bare),
             *new_biases(tree, rewrites),
             *lost,
+            *verdict.ledger,
         ),
         totals_after=facts.with_ops(facts.totals(facts.layout_of(as_checkpoint(fused)), fused), after),
         model=fused if verdict.judgement is not Judgement.DIFFERENT else None,
@@ -302,6 +303,7 @@ def plan(
     fold = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
     groups, unfused = choice.groups, choice.unfused(fold.decisions)
     text = ("bake: true\n" if bake else "") + listing(groups, unfused, names_of(tree), choice.idle)
+    text += remarks(facts.caveat_ledger(fold.decisions, run.recording))
     return Proposal(tuple(group.modules for group in groups), unfused, text, recorded(run))
 
 
@@ -346,7 +348,9 @@ def verify(
         said = "; ".join(f"{' + '.join(one.group)}: {one.code}: {one.reason}" for one in refused)
         reason = f"the fused model's groups do not belong to the original: {said or no}"
         return Verdict(Judgement.DIFFERENT, seed=seed, reasons=(reason,))
-    return replace(verdict, groups=reported(group_reports(fold, fused), checks))
+    asked = facts.caveat_ledger(fold.decisions, facts.seen(run))
+    ledger = (*asked, *verdict.ledger)
+    return replace(verdict, groups=reported(group_reports(fold, fused), checks), ledger=ledger)
 
 
 def load_int8(path: str | Path, *, allow_pickle: bool = False) -> nn.Module:

@@ -18,7 +18,8 @@ from fusecli.equivalence.compare import Difference
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.noise import drifts, tolerance
 from fusecli.equivalence.training import Training
-from fusecli.outcome import Judgement, Verdict
+from fusecli.equivalence.sizes import Shown
+from fusecli.outcome import Judgement, LedgerEntry, Verdict
 
 _FAST = "the fast path that torch takes without hooks and modes"
 
@@ -31,6 +32,8 @@ class Findings:
     unmeasured why there is no run in the stored dtype
     misstored  which stored tensors do not hold the fold
     broken     why the fused model does not run in the stored dtype, where the original does
+    sizes      for which sizes the verdict speaks; None: no others were tried
+    way        the operations of the original on the first sample, by name
     unwatched  as users run it, the original is another function than in float64 under hooks: a fast path
     """
 
@@ -45,6 +48,9 @@ class Findings:
     misstored: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     unwatched: bool = False
+    sizes: Shown | None = None
+    ledger: list[LedgerEntry] = field(default_factory=list)
+    way: list[str] = field(default_factory=list)
     disk: str = ""
     runs: int = 0
     training: Training | None = None
@@ -97,6 +103,7 @@ def verdict_of(found: Findings, seed: int) -> Verdict:
         checks=_sentences(found),
         check_results=results,
         reasons=(*_differences(found, different), *_doubts(found, groups)),
+        ledger=tuple(found.ledger),
     )
 
 
@@ -164,6 +171,7 @@ def _results(found: Findings) -> dict[str, Judgement]:
         "drift": result(found.too_far, bool(found.unmeasured)),
         "power": result(False, blind),
         "from disk": result(bool(found.misstored), not found.disk),
+        **({"sizes": result(found.sizes.wrong is not None, False)} if found.sizes else {}),
         **({"training": found.training.judgement} if found.training else {}),
     }
 
@@ -184,5 +192,6 @@ def _sentences(found: Findings) -> dict[str, str]:
         "drift": f"{drift}, too far" if found.too_far else drift,
         "power": f"{noticed} of {total} groups ran and notice 1 % of error in their weights",
         "from disk": found.disk,
+        **({"sizes": found.sizes.sentence} if found.sizes else {}),
         **({"training": found.training.said} if found.training else {}),
     }

@@ -19,9 +19,10 @@ from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, com
 from fusecli.equivalence.noise import drifts, narrowest, noise_of_neighbours
 from fusecli.equivalence.reading import Reading
 from fusecli.equivalence.run import run
+from fusecli.equivalence.sizes import at_other_sizes
 from fusecli.errors import Problem, UsageError
 from fusecli.graph.materialise import duplicate
-from fusecli.outcome import Judgement, Verdict
+from fusecli.outcome import ASKED, Judgement, LedgerEntry, Verdict
 from fusecli.sample import Sample
 
 _DRAWS = 4
@@ -113,6 +114,7 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     with Reading() as reading:
         output = _answer(b, fused, sample, seed)
+    asked = tuple(reading.asked)
     seen = _Seen(
         difference=compare(reference, output),
         again=again,
@@ -122,6 +124,19 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
         as_run=_as_run(original, fused, sample, seed),
     )
     judgement, reason = seen.judged()
+    checks = {
+        "semantic": f"outputs differ by {seen.difference.error:.1e} in float64",
+        "rounding": f"half a unit in the last place of the weights moves them by {seen.rounding:.1e}",
+        "drift": seen.as_run.said,
+        "power": f"1 % of error in the weights moves them by {seen.noticed:.1e}",
+    }
+    if judgement is Judgement.EQUIVALENT:
+        shown = at_other_sizes(sample, (), lambda other: _differs(a, b, other, seed, seen.line))
+        checks["sizes"] = shown.sentence
+        if shown.wrong is not None:
+            name, _, worst = shown.wrong
+            said = worst.why or f"relative error {worst.error:.1e} in float64"
+            judgement, reason = Judgement.DIFFERENT, f"equal at {shown.at}, but not at {name}: {said}"
     error = seen.difference.error
     return Verdict(
         judgement=judgement,
@@ -131,14 +146,27 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
         end_to_end=True,
         samples=1,
         seed=seed,
-        checks={
-            "semantic": f"outputs differ by {error:.1e} in float64",
-            "rounding": f"half a unit in the last place of the weights moves them by {seen.rounding:.1e}",
-            "drift": seen.as_run.said,
-            "power": f"1 % of error in the weights moves them by {seen.noticed:.1e}",
-        },
+        checks=checks,
         reasons=(reason,) if reason else (),
+        ledger=tuple(LedgerEntry("assumed", line, ASKED) for line in asked),
     )
+
+
+def _differs(a: nn.Module, b: nn.Module, sample: Sample, seed: int, line: float) -> Difference | None:
+    """Whether the float64 twins differ on this sample; None where the original does not run on it."""
+    try:
+        reference = run(a, sample, seed=seed, dtype=torch.float64)
+    except Exception:  # whatever somebody's forward may raise: it takes no such input
+        return None
+    try:
+        found = compare(reference, run(b, sample, seed=seed, dtype=torch.float64))
+    except Incomparable:
+        return None
+    except Exception as error:
+        return Difference(math.inf, "output", f"the fused model raises {type(error).__name__}: {error}")
+    if found.undefined:
+        return None
+    return found if found.error > line else Difference()
 
 
 def _as_run(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) -> AsRun:

@@ -58,6 +58,7 @@ class Trial:
         try:
             output = run(self.fused, self.sample, seed=self.seed, dtype=torch.float64)
             if trail:
+                found.way = trail.way
                 found.inside = trail.against(self._followed(self.fused)[0])
         except Exception as error:  # whatever somebody's forward may raise
             found.end = Difference(

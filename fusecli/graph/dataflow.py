@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusecli.graph.ops import LOOKS, MOVES
+from fusecli.graph.ops import MOVES
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ class Recording:
     names       every name of a module by its first one
     written     parameters and buffers that forward wrote to
     aliases     names that are the same memory, as lists of parameters and buffers
+    places      for the calls that ask for numbers, the line of somebody's code that does
     """
 
     values: tuple[Value, ...]
@@ -106,6 +107,7 @@ class Recording:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
     aliases: tuple[frozenset[str], ...] = ()
+    places: Mapping[int, str] = field(default_factory=dict)
 
     @cached_property
     def first_name(self) -> dict[str, str]:
@@ -178,9 +180,14 @@ class Recording:
         looks = [
             call
             for call in self.calls
-            if call.name in LOOKS and not all(self.values[value].constant for value in call.reads)
+            if call.number in self.places and not all(self.values[value].constant for value in call.reads)
         ]
-        return tuple(dict.fromkeys(map(self.described, looks)))
+        return tuple(dict.fromkeys(map(self._asking, looks)))
+
+    def _asking(self, call: Call) -> str:
+        """The module and the line of code: 'gate (net.py:12 in Gate.forward)'."""
+        where, line = self.inside(call) or "the model's forward", self.places[call.number]
+        return f"{where} ({line})" if line else where
 
     @cached_property
     def steps(self) -> int:

@@ -15,6 +15,8 @@ _ESCAPES = {
         *("storage", "untyped_storage", "__deepcopy__", "__reduce_ex__"),
     )
 }
+# Of them, those that hand numbers to Python.
+ASKING = frozenset(f"Tensor.{name}" for name in ("numpy", "__array__", "tolist"))
 
 
 class Escapes(TorchFunctionMode):

@@ -29,9 +29,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
-from fusecli.graph.escapes import Escapes
+from fusecli.graph.escapes import ASKING, Escapes
 from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of, shape_of
-from fusecli.graph.ops import MOVES
+from fusecli.graph.ops import LOOKS, MOVES
+from fusecli.graph.places import place
 from fusecli.sample import tensors_in
 
 _NO_NUMBERS = (
@@ -67,6 +68,7 @@ class Recorder(TorchDispatchMode):
         self._given: set[Any] = set()
         self._returned: set[Any] = set()
         self._escaped = False
+        self._places: dict[int, str] = {}
         self.went_astray = False  # forward went on where fake tensors have no answer
         self.kept_outside = True  # tensors of the run are alive, and no module of the model has them
 
@@ -143,12 +145,15 @@ class Recorder(TorchDispatchMode):
             self._names,
             frozenset(self._written),
             aliases,
+            self._places,
         )
 
     def _escape(self, name: str, tensor: Tensor) -> None:
         """Something outside torch reads this tensor."""
         self._escaped = True
         self.went_astray |= self._fake
+        if name in ASKING:
+            self._places[len(self._calls)] = place()
         self._note(None, f"{name} in {self._place()}", (), {}, (self._memory_of(tensor)[1],), ())
 
     def __torch_dispatch__(
@@ -210,6 +215,8 @@ class Recorder(TorchDispatchMode):
                 memory = self._memory[key] = Memory(watch, value)
             memory.current[layout_of(tensor)] = value
         if made or not outputs:
+            if name in LOOKS:
+                self._places[len(self._calls)] = place()
             self._note(func, name, args, kwargs, reads, tuple(made))
 
     def _overwrite(self, tensor: Tensor, number: int, constant: bool, origins: frozenset[str]) -> int:

@@ -336,7 +336,10 @@ class _Job:
         groups = reported(outcome.groups, checks)
         verdict = strictly(replace(verdict, groups=groups), outcome, self.request.strict)
         status, code = STATUS[verdict.judgement]
-        return replace(outcome, groups=groups, verification=verdict, status=status, exit_code=code)
+        ledger = (*outcome.ledger, *verdict.ledger)
+        return replace(
+            outcome, groups=groups, verification=verdict, ledger=ledger, status=status, exit_code=code
+        )
 
     def _judge(self, fold: Fold, artifact: Checkpoint) -> tuple[Verdict, Any]:
         return judged(

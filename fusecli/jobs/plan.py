@@ -25,7 +25,7 @@ from fusecli.jobs.picture import check_around, picture_of
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.source import folder_of, source_of
 from fusecli.jobs.verdicts import recorded
-from fusecli.outcome import Outcome, Refusal, Unfused
+from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused
 from fusecli.picture import Picture
 from fusecli.plain import visible
 from fusecli.rewrite import ModuleTree
@@ -80,7 +80,8 @@ def plan_file(
         tick("trying the folds")
         fold = settled(source, skeleton, choice, run, lambda fold: _try(fold, run))
         unfused = choice.unfused(fold.decisions)
-        text = _written(request, spec, choice.groups, unfused, names, choice.idle)
+        ledger = facts.caveat_ledger(fold.decisions, run.recording)
+        text = _written(request, spec, choice.groups, unfused, names, choice.idle) + remarks(ledger)
         picture = None
         if request.around is not None:
             picture = picture_of(
@@ -96,6 +97,7 @@ def plan_file(
             input=facts.input_facts(source.checkpoint),
             environment=facts.environment(),
             recording=recorded(run),
+            ledger=tuple(ledger),
         )
         if not fold.decisions:
             outcome = replace(
@@ -138,6 +140,12 @@ def listing(
         lines.append("# Does nothing at inference (--remove-idle makes identities of it):")
         lines += [f"#   {visible(path)}" for path in idle]
     return "\n".join([*lines, *_comments(unfused)]) + "\n"
+
+
+def remarks(ledger: Iterable[LedgerEntry]) -> str:
+    """As comments what the recorded run could not show, such as where forward decides by numbers."""
+    lines = [f"#   {visible(entry.where)}: {visible(entry.what)}" for entry in ledger]
+    return "\n".join(["# Not shown by the run:", *lines, ""]) if lines else ""
 
 
 def _counted(groups: Sequence[Group], unfused: Sequence[Unfused]) -> str:

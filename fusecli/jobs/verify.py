@@ -228,6 +228,8 @@ def _verify(
         *facts.own_ledger(source.owns),
         *apply_to_skeleton(fold),
         *_mismatches(source, manifest),
+        *facts.caveat_ledger(fold.decisions, facts.seen(run)),
+        *verdict.ledger,
     ]
     reports = reported(group_reports(fold, fold.skeleton), checks)
     outcome = replace(
