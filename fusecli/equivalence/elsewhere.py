@@ -30,7 +30,7 @@ _NONE = Difference()
 
 
 def judge_elsewhere(trial: Trial, dynamic: Sequence[Axes], way: Sequence[str]) -> None:
-    """What the twins do at other sizes goes to the trial's findings; `way` is how the original went at its own.
+    """What the twins do at other sizes goes to the trial's findings; `way` is how the original went.
 
     Nothing is asked of models that differ already, or that are no function of their input.
     """
@@ -124,9 +124,10 @@ class _Elsewhere:
                 run(self.trial.original, sample, seed=self.trial.seed, dtype=torch.float64)
             except Exception:  # what it keeps of its sizes may not fit any more
                 return
+        here, there = sizes_of(self.trial.sample), sizes_of(sample)
         what = (
-            f"forward goes another way at {sizes_of(sample)} than at {sizes_of(self.trial.sample)}: it decides by "
-            "sizes, and the verdict speaks for those that were run"
+            f"forward goes another way at {there} than at {here}: it decides by sizes, and the verdict speaks "
+            "for those that were run"
         )
         self.ledger.append(LedgerEntry("sizes", placing.place or "the model's forward", what))
 

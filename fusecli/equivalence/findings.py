@@ -17,8 +17,8 @@ import torch
 from fusecli.equivalence.compare import Difference
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.noise import drifts, tolerance
-from fusecli.equivalence.training import Training
 from fusecli.equivalence.sizes import Shown
+from fusecli.equivalence.training import Training
 from fusecli.outcome import Judgement, LedgerEntry, Verdict
 
 _FAST = "the fast path that torch takes without hooks and modes"

@@ -30,7 +30,7 @@ from fusecli.jobs.fold import (
     plan_fold,
     write_fold,
 )
-from fusecli.jobs.inputs import entries_of, samples_of
+from fusecli.jobs.inputs import as_computed, entries_of, samples_of
 from fusecli.jobs.proof import Tick, reported
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.source import (
@@ -92,6 +92,8 @@ def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: Non
             return _fused_already(outcome, checkpoint, manifest, spec)
         _require_plain(checkpoint)
         source = source_of(checkpoint, spec, consent)
+        spec, typed = as_computed(spec, checkpoint)
+        source.ledger += typed
         read_trained(source, spec, manifest)
         _require_work(spec, source)
         outcome = _Job(request, spec, source, consent, tick, fmt, target).run(outcome)

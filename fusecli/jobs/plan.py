@@ -20,7 +20,7 @@ from fusecli.jobs import facts
 from fusecli.jobs.choice import looked, settled
 from fusecli.jobs.entries import entries
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, try_fold
-from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.inputs import as_computed, samples_of
 from fusecli.jobs.picture import check_around, picture_of
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.source import folder_of, source_of
@@ -72,7 +72,8 @@ def plan_file(
             raise UsageError(Problem("planning runs the model, and its code is not known", "", fix))
         tick("recording one forward")
         seed = request.seed if request.seed is not None else spec.verify.seed
-        sample = samples_of(spec, seed, 1)[0]
+        typed, told = as_computed(spec, checkpoint)
+        sample = samples_of(typed, seed, 1)[0]
         skeleton, run, choice = looked(spec, source, source.skeleton, source.runnable, sample, ())
         names = [path for path in ModuleTree(skeleton).modules if path]
         bind_groups(spec, names)  # there are none; an exclude that matches nothing is a slip
@@ -97,7 +98,7 @@ def plan_file(
             input=facts.input_facts(source.checkpoint),
             environment=facts.environment(),
             recording=recorded(run),
-            ledger=tuple(ledger),
+            ledger=(*told, *ledger),
         )
         if not fold.decisions:
             outcome = replace(

@@ -11,7 +11,7 @@ from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode
 from fusecli.graph.record import Run
 from fusecli.jobs.fold import Fold
-from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.inputs import dynamic_axes, samples_of
 from fusecli.jobs.proof import Proof, Tick, prove_alone, prove_with_model
 from fusecli.outcome import Evidence, Judgement, Outcome, Refusal, Verdict
 from fusecli.spec import Spec
@@ -38,7 +38,9 @@ def judged(
     if fold.source.build is None or spec is None:
         return prove_alone(fold, artifact, Proof((), seed, consent, tick))
     count = samples if samples is not None else spec.verify.samples
-    return prove_with_model(fold, artifact, Proof(samples_of(spec, seed, count), seed, consent, tick))
+    samples = samples_of(spec, seed, count)
+    proof = Proof(samples, seed, consent, tick, dynamic_axes(spec, samples[0]))
+    return prove_with_model(fold, artifact, proof)
 
 
 def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:

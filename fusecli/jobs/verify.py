@@ -21,7 +21,7 @@ from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import chosen
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold, trained_record
-from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.inputs import as_computed, samples_of
 from fusecli.jobs.int8_facts import facts_of
 from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, dressed, planted, source_of
@@ -75,7 +75,12 @@ def verify_file(
     with open_checkpoint(request.fused) as artifact:
         manifest = _manifest(request, artifact)
         with _original(request, manifest) as checkpoint:
+            typed: list[LedgerEntry] = []
+            if spec is not None:
+                spec, typed = as_computed(spec, checkpoint)
+                request = replace(request, spec=spec)
             source, skeleton, groups = _structure(checkpoint, spec, manifest, consent, artifact)
+            source.ledger += typed
             return _verify(request, spec, source, skeleton, groups, manifest, artifact, consent, tick)
 
 
