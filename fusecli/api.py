@@ -48,6 +48,7 @@ from fusecli.jobs.in_memory import (
 from fusecli.jobs.plan import listing, remarks
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.rerun import edited_run
+from fusecli.jobs.sizes import require_other_sizes
 from fusecli.jobs.source import Source, folder_of, vocabulary_of
 from fusecli.jobs.verdicts import STATUS, failures, recorded
 from fusecli.jobs.weight_ranges import weight_range
@@ -300,7 +301,12 @@ def plan(
         (),
         fakes=False,
     )
-    fold = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
+
+    def attempt(fold: Fold) -> None:
+        require_folds(tree, fold)
+        require_other_sizes(fold, run)
+
+    fold = settled(source, structure, choice, run, attempt)
     groups, unfused = choice.groups, choice.unfused(fold.decisions)
     text = ("bake: true\n" if bake else "") + listing(groups, unfused, names_of(tree), choice.idle)
     text += remarks(facts.caveat_ledger(fold.decisions, run.recording))

@@ -126,8 +126,8 @@ class _Elsewhere:
                 return
         here, there = sizes_of(self.trial.sample), sizes_of(sample)
         what = (
-            f"forward goes another way at {there} than at {here}: it decides by sizes, and the verdict speaks "
-            "for those that were run"
+            f"forward goes another way at {there} than at {here}: it decides by sizes, and the verdict "
+            "speaks for those that were run"
         )
         self.ledger.append(LedgerEntry("sizes", placing.place or "the model's forward", what))
 

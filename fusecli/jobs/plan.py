@@ -14,15 +14,17 @@ import yaml
 from fusecli.checkpoint import open_checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group
+from fusecli.equivalence.sizes import Axes
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import looked, settled
 from fusecli.jobs.entries import entries
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, try_fold
-from fusecli.jobs.inputs import as_computed, samples_of
+from fusecli.jobs.inputs import as_computed, dynamic_axes, samples_of
 from fusecli.jobs.picture import check_around, picture_of
 from fusecli.jobs.rerun import edited_run
+from fusecli.jobs.sizes import require_other_sizes
 from fusecli.jobs.source import folder_of, source_of
 from fusecli.jobs.verdicts import recorded
 from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused
@@ -79,7 +81,8 @@ def plan_file(
         bind_groups(spec, names)  # there are none; an exclude that matches nothing is a slip
         check_around(request.around or (), names)
         tick("trying the folds")
-        fold = settled(source, skeleton, choice, run, lambda fold: _try(fold, run))
+        dynamic = dynamic_axes(typed, sample)
+        fold = settled(source, skeleton, choice, run, lambda fold: _try(fold, run, dynamic))
         unfused = choice.unfused(fold.decisions)
         ledger = facts.caveat_ledger(fold.decisions, run.recording)
         text = _written(request, spec, choice.groups, unfused, names, choice.idle) + remarks(ledger)
@@ -107,9 +110,11 @@ def plan_file(
         return outcome, text, picture
 
 
-def _try(fold: Fold, run: Run) -> None:
-    """Folds and forgets, and runs the edited model; raises Refused with the groups that allow neither."""
+def _try(fold: Fold, run: Run, dynamic: Sequence[Axes]) -> None:
+    """Folds and forgets, looks at other sizes, and runs the edited model; raises Refused with the groups that
+    do not allow it."""
     try_fold(fold)
+    require_other_sizes(fold, run, dynamic)
     if any(decision.custom for decision in fold.decisions) or edited_run(run, fold.rewrites):
         return
     found = zip(fold.decisions, fold.rewrites, strict=True)

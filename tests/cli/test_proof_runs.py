@@ -262,3 +262,16 @@ def test_quantize_gets_as_far_as_what_int8_is_made_of(project: Project, cli: Cli
     ended = cli("quantize", "model.pt", "--spec", "fuse.yaml", *ALLOWED, "--dry-run")
     assert ended.code == ExitCode.USAGE
     assert "its weight is bfloat16; only float32 is quantized" in ended.err
+
+
+def test_a_plan_proposes_what_fuse_will_prove(project: Project, cli: Cli) -> None:
+    pads(project)
+    plan = ("plan", "model.pt", "--spec", "fuse.yaml", *ALLOWED, "-o", "planned.yaml", "--force")
+    assert cli(*plan).code == ExitCode.NOTHING
+    assert "but not at 2x3x8x9" in Path("planned.yaml").read_text()
+    pads(project, [])
+    assert cli(*plan).code == ExitCode.OK
+    text = Path("planned.yaml").read_text()
+    assert "dynamic: []" in text
+    assert "[norm, conv]" in text
+    assert cli("fuse", "model.pt", "--spec", "planned.yaml", *ALLOWED).code == ExitCode.OK

@@ -292,3 +292,14 @@ def test_where_forward_asks_for_numbers_is_named_on_every_path_in_memory() -> No
     assert len(judged.ledger) == 2
     text = fusecli.plan(model, X).text
     assert all(f"#   {line}" in text for line in lines)
+
+
+@pytest.mark.parametrize("build", HOLD_AT_ONE_SIZE.values(), ids=HOLD_AT_ONE_SIZE)
+def test_a_plan_does_not_propose_it(build: Any) -> None:
+    model = randomise(build(), 1)
+    proposal = fusecli.plan(model, IMAGES)
+    assert all("norm" not in group for group in proposal.groups)
+    (left,) = [unfused for unfused in proposal.unfused if unfused.module == "norm"]
+    assert left.code == "dropped"
+    assert "it holds at 2x3x8x8, but not at" in left.reason
+    assert fusecli.plan(randomise(Free(), 2), IMAGES).unfused == ()
