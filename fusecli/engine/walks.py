@@ -201,18 +201,21 @@ class Downward:
             return
         while applied != value:
             call = recording.maker(applied)
-            pads = call is not None and call.name == "aten.constant_pad_nd"
-            if pads and recording.values[call.reads[0]].shape == recording.values[applied].shape:
-                applied = call.reads[0]  # by nothing, at this size
-                continue
-            if call is None or call.name not in MOVES | SELECTIONS:
-                done = recording.described(call) if call is not None else "it takes something else"
-                raise NotFoldable(
-                    "not-linear-in-weight",
-                    f"{layer.path} does not apply its weight to what {self.found.path} gives, but to more",
-                    evidence=(done,),
-                )
+            require(
+                call is not None and self._moves(call),
+                "not-linear-in-weight",
+                f"{layer.path} does not apply its weight to what {self.found.path} gives, but to more",
+                evidence=(recording.described(call) if call is not None else "it takes something else",),
+            )
+            assert call is not None
             applied = call.reads[0]
+
+    def _moves(self, call: Call) -> bool:
+        """Whether the op only moves elements; to pad by nothing, at this size, is no more than that."""
+        values = self.routes.recording.values
+        if call.name == "aten.constant_pad_nd":
+            return values[call.reads[0]].shape == values[call.makes[0]].shape
+        return call.name in MOVES | SELECTIONS
 
     def _require_may(self, path: str) -> None:
         require(self.routes.may(path), "multiple-consumers", f"{path}, which reads it, may not be changed")

@@ -174,8 +174,8 @@ def _as_run(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
     dtype = narrowest([*original.parameters(), *fused.parameters()])
     try:
         first, second = run(original, sample, seed=seed), run(fused, sample, seed=seed)
-    except Exception as error:  # e.g. two dtypes, or an op that this CPU build has not got in float16
-        return AsRun(f"not run in the stored dtype, {dtype}: {type(error).__name__}: {error}")
+    except Exception as no:  # e.g. two dtypes, or an op that this CPU build has not got in float16
+        return AsRun(f"not run in the stored dtype, {dtype}: {type(no).__name__}: {no}")
     error = floating_error(first, second)
     if error is None or error != error:
         return AsRun("the outputs hold no numbers in the stored dtype")

@@ -45,9 +45,11 @@ def protected(spec: Spec) -> list[Path]:
 def typed(path: Path, spec: Spec, allow_pickle: bool) -> tuple[Spec, list[LedgerEntry]]:
     """The spec with the dtype of the model for random inputs, and what the report says of it; as it is where
     the file cannot be opened, which is told where it is folded."""
-    nesting = {"key": spec.checkpoint.key, "strip_prefix": spec.checkpoint.strip_prefix}
+    named = spec.checkpoint
     try:
-        checkpoint = artifact_at(path) or open_checkpoint(path, allow_pickle=allow_pickle, **nesting)
+        checkpoint = artifact_at(path) or open_checkpoint(
+            path, allow_pickle=allow_pickle, key=named.key, strip_prefix=named.strip_prefix
+        )
     except FusecliError:
         return spec, []
     with checkpoint:

@@ -38,8 +38,8 @@ def judged(
     if fold.source.build is None or spec is None:
         return prove_alone(fold, artifact, Proof((), seed, consent, tick))
     count = samples if samples is not None else spec.verify.samples
-    samples = samples_of(spec, seed, count)
-    proof = Proof(samples, seed, consent, tick, dynamic_axes(spec, samples[0]))
+    inputs = samples_of(spec, seed, count)
+    proof = Proof(inputs, seed, consent, tick, dynamic_axes(spec, inputs[0]))
     return prove_with_model(fold, artifact, proof)
 
 
