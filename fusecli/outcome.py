@@ -129,8 +129,8 @@ class Verdict:
     drift, noise_floor  the same ratio in the stored dtype, of the fused and of the original model
     smallest_tolerance  the smallest tolerance that would have accepted the float64 errors
     first_different     the first group (in the order of the model's run) that differs
-    checks              name of each of the four checks -> one sentence that says what it proved or missed
-    check_results       name of each of the four checks -> how it ended, for the mark in front of the sentence
+    checks              name of each check -> one sentence that says what it proved or missed
+    check_results       name of each check -> how it ended, for the mark in front of the sentence
     ledger              what the runs have shown of the model besides: where forward asks for numbers or sizes
     """
 

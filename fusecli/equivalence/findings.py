@@ -1,9 +1,10 @@
 """Findings weighed: what the checks saw becomes one verdict.
 
 Semantic   float64 twins of original and fused model agree, per group and end to end
-Drift      in the stored dtype, the fused model's error is at most 10 times the original's own
+Drift      as users run it, in the stored dtype, the fused model's error is at most 10 times the original's
 Power      every group ran, and 1 % of error in its weights would have been noticed
 From disk  the stored tensors are the float64 fold, rounded once; the rest is unchanged
+Sizes      the twins agree where each axis of the inputs is one longer, as far as the original runs so
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Findings:
 
 
 def verdict_of(found: Findings, seed: int) -> Verdict:
-    """The verdict: the worst that one of the four checks says; its reasons are the definite ones first."""
+    """The verdict: the worst that one of the checks says; its reasons are the definite ones first."""
     groups = sorted(found.checks, key=lambda check: (check.order is None, check.order))
     different = [check for check in groups if check.judgement is Judgement.DIFFERENT]
     results = _results(found)
@@ -155,7 +156,7 @@ def _doubts(found: Findings, groups: Sequence[GroupCheck]) -> list[str]:
 
 
 def _results(found: Findings) -> dict[str, Judgement]:
-    """What each of the four checks says by itself."""
+    """What each check says by itself."""
 
     def result(wrong: bool, unsure: bool) -> Judgement:
         if wrong:

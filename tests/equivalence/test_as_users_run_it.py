@@ -192,3 +192,29 @@ def test_a_group_that_is_wrong_only_where_nobody_looks_is_dropped() -> None:
     listed = fusecli.fuse(model, x, groups=[["conv", "bn"]])
     assert listed.exit_code == ExitCode.DIFFERENT
     assert listed.model is None
+
+
+class Recurrent(nn.Module):
+    """A layer that shares its weight with an RNN, whose op reads it as a whole."""
+
+    def __init__(self, rnn: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.first, self.bn = nn.Linear(5, 6), nn.BatchNorm1d(6)
+        self.rnn = rnn(6, 6, batch_first=True)
+        wide = len(self.rnn.weight_ih_l0)
+        self.gain, self.shared, self.norm = nn.LayerNorm(6), nn.Linear(6, wide), nn.BatchNorm1d(wide)
+        self.shared.weight = self.rnn.weight_ih_l0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.rnn(self.bn(self.first(x).transpose(1, 2)).transpose(1, 2))
+        z: Tensor = self.norm(self.shared(self.gain(y)).transpose(1, 2))
+        return z
+
+
+@pytest.mark.parametrize("rnn", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_weight_that_the_op_of_an_rnn_reads_stays(rnn: type[nn.RNNBase]) -> None:
+    model, x = randomise(Recurrent(rnn), 0), images(2, 4, 5)
+    outcome = fusecli.fuse(model, x, discover=True)
+    assert folded(outcome) == [("first", "bn")]
+    with torch.no_grad():
+        assert relative_error(outcome.model(x), model(x)) < 1e-4
