@@ -46,9 +46,10 @@ from fusecli.jobs.in_memory import (
     require_folds,
     resting,
 )
-from fusecli.jobs.plan import listing
+from fusecli.jobs.plan import listing, remarks
 from fusecli.jobs.proof import float64_fold, reported
 from fusecli.jobs.rerun import edited_run
+from fusecli.jobs.sizes import require_other_sizes
 from fusecli.jobs.source import Source, folder_of, vocabulary_of
 from fusecli.jobs.verdicts import STATUS, failures, on_all_paths, recorded
 from fusecli.jobs.weight_ranges import weight_range
@@ -273,6 +274,7 @@ def fuse(
             *facts.bare_ledger(choice.bare),
             *new_biases(tree, rewrites),
             *lost,
+            *verdict.ledger,
         ),
         totals_after=facts.with_ops(facts.totals(facts.layout_of(as_checkpoint(fused)), fused), after),
         model=fused if verdict.judgement is not Judgement.DIFFERENT else None,
@@ -320,9 +322,15 @@ def plan(
         (),
         fakes=False,
     )
-    fold = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
+
+    def attempt(fold: Fold) -> None:
+        require_folds(tree, fold)
+        require_other_sizes(fold, run)
+
+    fold = settled(source, structure, choice, run, attempt)
     groups, unfused = choice.groups, choice.unfused(fold.decisions)
     text = ("bake: true\n" if bake else "") + listing(groups, unfused, names_of(tree), choice.idle)
+    text += remarks(facts.caveat_ledger(fold.decisions, run.recording))
     return Proposal(tuple(group.modules for group in groups), unfused, text, recorded(run))
 
 
@@ -370,7 +378,8 @@ def verify(
         return Verdict(Judgement.DIFFERENT, seed=seed, reasons=(reason,))
     reports = reported(group_reports(fold, fused), checks)
     verdict, reports = on_all_paths(verdict, reports, fold.decisions, assumed=assume_same_path)
-    return replace(verdict, groups=reports)
+    ledger = (*facts.caveat_ledger(fold.decisions, facts.seen(run)), *verdict.ledger)
+    return replace(verdict, groups=reports, ledger=ledger)
 
 
 def load_int8(path: str | Path, *, allow_pickle: bool = False) -> nn.Module:

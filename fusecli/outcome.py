@@ -108,12 +108,16 @@ class LedgerEntry:
     """Something that was lost or changed besides the fold itself.
 
     kind: "hook" | "requires-grad" | "tie" | "train-mode" | "assumed" | "statistics" | "input" | "adapter"
-          | "bare-identity"
+          | "bare-identity" | "sizes"
     """
 
     kind: str
     where: str
     what: str
+
+
+# Of a line that asks a tensor for its numbers: `.item()`, `bool(tensor)`, `.tolist()`.
+ASKED = "forward looks at numbers here: what is shown holds for inputs that make it go the recorded way"
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,9 @@ class Verdict:
     drift, noise_floor  the same ratio in the stored dtype, of the fused and of the original model
     smallest_tolerance  the smallest that the verdict is, or would be, `equivalent` with; None: none is
     first_different     the first group (in the order of the model's run) that differs
-    checks              name of each of the four checks -> one sentence that says what it proved or missed
-    check_results       name of each of the four checks -> how it ended, for the mark in front of the sentence
+    checks              name of each check -> one sentence that says what it proved or missed
+    check_results       name of each check -> how it ended, for the mark in front of the sentence
+    ledger              what the runs have shown of the model besides: where forward asks for numbers or sizes
     """
 
     judgement: Judgement
@@ -143,6 +148,7 @@ class Verdict:
     checks: Mapping[str, str] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     check_results: Mapping[str, Judgement] = field(default_factory=dict)
+    ledger: tuple[LedgerEntry, ...] = ()
 
     @property
     def equivalent(self) -> bool:

@@ -69,6 +69,16 @@ _TOPOLOGY = (
         "Nothing has to be done: the norm stays and computes what it did.",
     ),
     Reason(
+        "padded-rows",
+        "The norm is at the end of an nn.TransformerEncoder, or directly behind one, which fills padded rows "
+        "with zeros as soon as it is given a padding mask.",
+        "In eval mode and without gradients torch takes a fast path: padded rows are left out and come back "
+        "as zeros, behind the norm. W 0 + b would become (W s) 0 + (b + W t), and a norm folded into "
+        "the encoder would give 0 instead of t. No recorded run shows it: to record is to leave that path.",
+        "Say enable_nested_tensor=False where the nn.TransformerEncoder is built, or give it a norm of its "
+        "own: that one comes behind the padding and folds.",
+    ),
+    Reason(
         "bare-identity",
         "A branch of a sum is the input itself, added by an operator: there is no module that could give a "
         "zero instead.",

@@ -20,6 +20,7 @@ from fusecli.graph.dataflow import Call, Recording, described
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_exact
 from fusecli.graph.lift import linear_op, require_fixed
 from fusecli.graph.ops import MOVES, RESHAPES
+from fusecli.graph.padding import padded_values
 from fusecli.graph.record import Run
 from fusecli.graph.sites import (
     Site,
@@ -84,6 +85,22 @@ class Audit:
             and not is_exact(self.tree[path])
             and self.tree[path]._parameters.get("bias") is None
         ]
+
+    @cached_property
+    def _padded(self) -> dict[int, str]:
+        return padded_values(self.recording, self.tree.modules)
+
+    def require_unpadded(self, value: int) -> None:
+        """Guard: no map crosses a place where other inputs may find zeros that nothing has computed."""
+        path = self._padded.get(value)
+        require(
+            path is None,
+            "padded-rows",
+            f"given a padding mask, {path} fills the rows of what it gives with zeros on torch's fast path: "
+            "no norm can be moved across that",
+            evidence=(f"{path} has enable_nested_tensor and batch_first, and no norm behind its layers",),
+            remedy=f"say enable_nested_tensor=False where {path} is built",
+        )
 
     def member(self, path: str) -> Member:
         return Member(path, self.tree[path], self.vocabulary.kind(self.tree[path]))
@@ -239,6 +256,7 @@ class Audit:
     ) -> Site | None:
         value = site.exit
         while value is not None:
+            self.require_unpadded(value)
             readers = self.recording.readers(value)
             for target in following:
                 if target.entry == value:

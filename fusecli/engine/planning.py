@@ -357,7 +357,7 @@ def _in_order(audit: Audit, group: Group, waves: Sequence[Wave]) -> bool:
 
 _NOTHING_BESIDE = ("no-linear-producer", "no-linear-consumer")
 # Why a norm does not go into the layer after it: then the list was no slip of the pen.
-_BACKWARD = ("padding-border", "transposed-shift", "tied-weights")
+_BACKWARD = ("padding-border", "transposed-shift", "tied-weights", "padded-rows")
 
 
 @cache

@@ -10,7 +10,7 @@ from fusecli.engine.decisions import Member
 from fusecli.engine.maps import Map
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, described
-from fusecli.graph.kinds import LAYER_KINDS
+from fusecli.graph.kinds import LAYER_KINDS, is_exact
 from fusecli.graph.ops import AVERAGES, JOINS, LAYERS, MOVES, SELECTIONS, SUMS
 from fusecli.graph.sites import Site, adds_bias, weight_of
 
@@ -49,6 +49,7 @@ class Upward:
 
     def go(self, value: int, shifts: bool) -> None:
         routes, recording = self.routes, self.routes.recording
+        routes.audit.require_unpadded(value)
         giver = routes.giving(value)
         if giver is not None and giver[0].path != self.found.path:
             if giver[0].path not in routes.gone:
@@ -141,6 +142,7 @@ class Downward:
             return
         self._seen.add(value)
         self.beside.discard(value)
+        self.routes.audit.require_unpadded(value)
         readers = self.routes.recording.readers(value)
         require(bool(readers), "not-executed", f"nobody reads what {self.found.path} gives")
         for call in readers:
@@ -181,12 +183,39 @@ class Downward:
 
     def _arrive(self, layer: Member, visit: int, value: int) -> None:
         self._require_may(layer.path)
-        self.routes.layer(layer)  # it applies its weight once in each call, to nothing else
+        # It applies its weight once in each call, to nothing else.
+        for site in self.routes.layer(layer):
+            if site.visit == visit:
+                self._require_applied(layer, site, value)
         if any(a.target.path == layer.path and a.visit == visit for a in self.arrivals):
             return
         rank = len(self.routes.recording.values[value].shape)
         axis = rank - 1 if layer.kind == "linear" else rank - 1 - _spatial(layer)
         self.arrivals.append(Arrival(layer, visit, value, axis, True))
+
+    def _require_applied(self, layer: Member, site: Site, value: int) -> None:
+        """Guard for a class that nobody has read: it applies its weight to what it takes, moved at most. What
+        torch's own classes do before that, the rules know from their attributes."""
+        recording, applied = self.routes.recording, site.entry
+        if is_exact(layer.module) or applied is None:
+            return
+        while applied != value:
+            call = recording.maker(applied)
+            require(
+                call is not None and self._moves(call),
+                "not-linear-in-weight",
+                f"{layer.path} does not apply its weight to what {self.found.path} gives, but to more",
+                evidence=(recording.described(call) if call is not None else "it takes something else",),
+            )
+            assert call is not None
+            applied = call.reads[0]
+
+    def _moves(self, call: Call) -> bool:
+        """Whether the op only moves elements; to pad by nothing, at this size, is no more than that."""
+        values = self.routes.recording.values
+        if call.name == "aten.constant_pad_nd":
+            return values[call.reads[0]].shape == values[call.makes[0]].shape
+        return call.name in MOVES | SELECTIONS
 
     def _require_may(self, path: str) -> None:
         require(self.routes.may(path), "multiple-consumers", f"{path}, which reads it, may not be changed")

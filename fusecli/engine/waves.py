@@ -337,7 +337,7 @@ def _leaving(step: Step) -> str:
 
 
 # What says more about a map that stays than that nothing feeds it.
-TELLING = ("padding-border", "transposed-shift", "tied-weights")
+TELLING = ("padding-border", "transposed-shift", "tied-weights", "padded-rows")
 
 
 def rule_for(

@@ -1,9 +1,10 @@
 """Findings weighed: what the checks saw becomes one verdict.
 
 Semantic   float64 twins of original and fused model agree, per group and end to end
-Drift      in the stored dtype, the fused model's error is at most 10 times the original's own
+Drift      as users run it, in the stored dtype, the fused model's error is at most 10 times the original's
 Power      every group ran, and 1 % of error in its weights would have been noticed
 From disk  the stored tensors are the float64 fold, rounded once; the rest is unchanged
+Sizes      the twins agree where each axis of the inputs is one longer, as far as the original runs so
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import torch
 from fusecli.equivalence.compare import Difference
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.noise import drifts, tolerance
+from fusecli.equivalence.sizes import Shown
 from fusecli.equivalence.training import Training
-from fusecli.outcome import Judgement, Verdict
+from fusecli.outcome import Judgement, LedgerEntry, Verdict
+
+_FAST = "the fast path that torch takes without hooks and modes"
 
 
 @dataclass
@@ -31,6 +35,9 @@ class Findings:
     broken     why the fused model does not run in the stored dtype, where the original does
     drift      of the sample on which it is the most, for the original's own `noise` on the same sample
     channel_noise  the largest error of one channel of the original in the stored dtype
+    sizes      for which sizes the verdict speaks; None: no others were tried
+    way        the operations of the original on the first sample, by name
+    unwatched  as users run it, the original is another function than in float64 under hooks: a fast path
     """
 
     checks: list[GroupCheck]
@@ -44,6 +51,10 @@ class Findings:
     unmeasured: list[str] = field(default_factory=list)
     misstored: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    unwatched: bool = False
+    sizes: Shown | None = None
+    ledger: list[LedgerEntry] = field(default_factory=list)
+    way: list[str] = field(default_factory=list)
     disk: str = ""
     runs: int = 0
     training: Training | None = None
@@ -84,7 +95,7 @@ class Findings:
 
 
 def verdict_of(found: Findings, seed: int) -> Verdict:
-    """The verdict: the worst that one of the four checks says; its reasons are the definite ones first."""
+    """The verdict: the worst that one of the checks says; its reasons are the definite ones first."""
     groups = sorted(found.checks, key=lambda check: (check.order is None, check.order))
     different = [check for check in groups if check.judgement is Judgement.DIFFERENT]
     results = _results(found)
@@ -103,6 +114,7 @@ def verdict_of(found: Findings, seed: int) -> Verdict:
         checks=_sentences(found),
         check_results=results,
         reasons=(*_differences(found, different), *_doubts(found, groups)),
+        ledger=tuple(found.ledger),
     )
 
 
@@ -136,7 +148,11 @@ def _differences(found: Findings, different: Sequence[GroupCheck]) -> list[str]:
         reasons.append(f"end to end: {_whole(found)}")
     if found.too_far and not found.broken:
         noise = f"10 times the noise floor {found.noise or 0.0:.1e}"
-        reasons.append(f"drift {found.drift or math.inf:.1e} is above {noise}")
+        drift = f"drift {found.drift or math.inf:.1e}"
+        if found.unwatched:
+            error = f"{found.drift or math.inf:.1e}"
+            drift = f"as users run them, on {_FAST}, original and fold differ by {error}, which"
+        reasons.append(f"{drift} is above {noise}")
     trains = found.training is None or found.training.judgement is not Judgement.DIFFERENT
     reasons += [] if trains else [f"in train mode {found.training.said}"]  # type: ignore[union-attr]
     return [*reasons, *found.broken, *found.misstored]
@@ -160,7 +176,7 @@ def _doubts(found: Findings, groups: Sequence[GroupCheck]) -> list[str]:
 
 
 def _results(found: Findings) -> dict[str, Judgement]:
-    """What each of the four checks says by itself."""
+    """What each check says by itself."""
 
     def result(wrong: bool, unsure: bool) -> Judgement:
         if wrong:
@@ -176,6 +192,7 @@ def _results(found: Findings) -> dict[str, Judgement]:
         "drift": result(found.too_far, bool(found.unmeasured)),
         "power": result(False, blind),
         "from disk": result(bool(found.misstored), not found.disk),
+        **({"sizes": result(found.sizes.wrong is not None, False)} if found.sizes else {}),
         **({"training": found.training.judgement} if found.training else {}),
     }
 
@@ -190,6 +207,7 @@ def _sentences(found: Findings) -> dict[str, str]:
     drift = "not measured end to end"
     if found.drift is not None and found.noise is not None:
         drift = f"{found.drift:.1e} against the original's own {found.noise:.1e} in the stored dtype"
+        drift += f", on {_FAST}" if found.unwatched else ""
     power = f"{noticed} of {total} groups ran and notice 1 % of error in their weights"
     if drawn := sum(check.drawn for check in checks):
         power += f", {drawn} of them on random numbers: nothing shows in what flows in"
@@ -198,5 +216,6 @@ def _sentences(found: Findings) -> dict[str, str]:
         "drift": f"{drift}, too far" if found.too_far else drift,
         "power": power,
         "from disk": found.disk,
+        **({"sizes": found.sizes.sentence} if found.sizes else {}),
         **({"training": found.training.said} if found.training else {}),
     }

@@ -16,15 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from fusecli.blame import described, forward_failed
-from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, Pair, compare, leaves
+from fusecli.equivalence.compare import (
+    TOLERANCE,
+    Difference,
+    Incomparable,
+    Pair,
+    compare,
+    floating_error,
+    leaves,
+)
 from fusecli.equivalence.gaps import Gaps, Line, lines
+from fusecli.equivalence.noise import drifts, narrowest, noise_of_neighbours
 from fusecli.equivalence.power import move
 from fusecli.equivalence.reading import Reading
 from fusecli.equivalence.run import float64_arithmetic, run
+from fusecli.equivalence.sizes import at_other_sizes
 from fusecli.errors import UsageError
 from fusecli.graph.followers import widened
 from fusecli.graph.materialise import duplicate
-from fusecli.outcome import Judgement, Verdict
+from fusecli.outcome import ASKED, Judgement, LedgerEntry, Verdict
 from fusecli.sample import Sample, seeded
 
 _DRAWS = 4
@@ -57,6 +67,15 @@ class _Fails(Exception):
 
 
 @dataclass(frozen=True)
+class AsRun:
+    """Both models as users run them: in the stored dtype, without modes, hooks or gradients; torch may take a
+    fast path only there. `reason` says how they differ, "" where they do not or nobody can tell."""
+
+    said: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class _Seen:
     """What the runs showed, each leaf of the output by itself.
 
@@ -74,6 +93,7 @@ class _Seen:
     lines: Sequence[Line]
     blind: Sequence[str]
     unread: Sequence[str]
+    as_run: AsRun
 
     @property
     def worst(self) -> tuple[float, float]:
@@ -85,7 +105,7 @@ class _Seen:
     @property
     def turned_by_tolerance(self) -> bool:
         """Whether with a tolerance of the error itself the verdict would be `equivalent`."""
-        doubtful = self.broken or self.shaky or self.blind or self.unread
+        doubtful = self.broken or self.shaky or self.blind or self.unread or self.as_run.reason
         wrong = [line for line in self.lines if line.excess > 1]
         return not doubtful and self.again.error <= TOLERANCE and all(line.acceptable for line in wrong)
 
@@ -98,6 +118,8 @@ class _Seen:
             return Judgement.DIFFERENT, self.broken[0]
         if wrong := [line for line in self.lines if line.excess > 1]:
             return Judgement.DIFFERENT, _said(max(wrong, key=lambda line: line.excess))
+        if self.as_run.reason:
+            return Judgement.DIFFERENT, self.as_run.reason
         if self.shaky:
             return Judgement.INCONCLUSIVE, f"{self.shaky[0]}, which the rounding of the weights decides"
         if not any(line.notices for line in self.lines):
@@ -131,6 +153,7 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
     again = compare(reference, run(a, sample, seed=seed + 1_000_003, dtype=torch.float64))
     with Reading() as reading:
         output = _answer(b, fused, sample, seed)
+    asked = tuple(reading.asked)
     moved = _Moved(b, fused, sample, seed, torch.Generator().manual_seed(seed))
     difference, off = Gaps.between(reference, output), moved(_one_percent)
     rounding, found = _lines((reference, output, off), difference, moved)
@@ -142,10 +165,27 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
         lines=found,
         blind=_blind(output, found, moved),
         unread=[name for name, parameter in b.named_parameters() if id(parameter) not in reading.read],
+        as_run=_as_run(original, fused, sample, seed),
     )
     judgement, reason = seen.judged()
     error, tolerance = seen.worst
     turns = judgement is Judgement.EQUIVALENT or seen.turned_by_tolerance
+    checks = {
+        "semantic": f"outputs differ by {error:.1e} in float64",
+        "rounding": f"{tolerance:.1e} is what the rounding of the weights may do there",
+        "drift": seen.as_run.said,
+        "power": f"1 % of error in the weights moves them by {compare(output, off).error:.1e}",
+    }
+    if judgement is Judgement.EQUIVALENT:
+        rounded = max(compare(output, moved.rounded()).error for _ in range(_DRAWS))
+        line = max(TOLERANCE, _MARGIN * rounded)
+        shown = at_other_sizes(sample, (), lambda other: _differs(a, b, other, seed, line))
+        checks["sizes"] = shown.sentence
+        if shown.wrong is not None:
+            name, _, worst = shown.wrong
+            said = worst.why or f"relative error {worst.error:.1e} in float64"
+            judgement, reason = Judgement.DIFFERENT, f"equal at {shown.at}, but not at {name}: {said}"
+            turns = False
     return Verdict(
         judgement=judgement,
         float64_error=error,
@@ -154,12 +194,51 @@ def _judged(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) ->
         end_to_end=True,
         samples=1,
         seed=seed,
-        checks={
-            "semantic": f"outputs differ by {error:.1e} in float64",
-            "rounding": f"{tolerance:.1e} is what the rounding of the weights may do there",
-            "power": f"1 % of error in the weights moves them by {compare(output, off).error:.1e}",
-        },
+        checks=checks,
         reasons=(reason,) if reason else (),
+        ledger=tuple(LedgerEntry("assumed", line, ASKED) for line in asked),
+    )
+
+
+def _differs(a: nn.Module, b: nn.Module, sample: Sample, seed: int, line: float) -> Difference | None:
+    """Whether the float64 twins differ on this sample; None where the original does not run on it."""
+    try:
+        reference = run(a, sample, seed=seed, dtype=torch.float64)
+    except Exception:  # whatever somebody's forward may raise: it takes no such input
+        return None
+    try:
+        found = compare(reference, run(b, sample, seed=seed, dtype=torch.float64))
+    except Incomparable:
+        return None
+    except Exception as error:
+        return Difference(math.inf, "output", f"the fused model raises {type(error).__name__}: {error}")
+    if found.undefined:
+        return None
+    return found if found.error > line else Difference()
+
+
+def _as_run(original: nn.Module, fused: nn.Module, sample: Sample, seed: int) -> AsRun:
+    """Held against each other, by what a unit in the last place of either's weights does to it."""
+    dtype = narrowest([*original.parameters(), *fused.parameters()])
+    try:
+        first, second = run(original, sample, seed=seed), run(fused, sample, seed=seed)
+    except Exception as no:  # e.g. two dtypes, or an op that this CPU build has not got in float16
+        return AsRun(f"not run in the stored dtype, {dtype}: {type(no).__name__}: {no}")
+    error = floating_error(first, second)
+    if error is None or error != error:
+        return AsRun("the outputs hold no numbers in the stored dtype")
+    noise = torch.finfo(dtype).eps
+    if drifts(error, noise, dtype):
+        moved = ((original, first), (fused, second))
+        noise = max(noise, *(noise_of_neighbours(model, sample, own, seed) for model, own in moved))
+    last = f"a unit in the last place of the weights moves them by {noise:.1e}"
+    said = f"as users run them they differ by {error:.1e}; {last}"
+    if not drifts(error, noise, dtype):
+        return AsRun(said)
+    return AsRun(
+        said,
+        f"they agree in float64, but as users run them, without hooks and modes, they differ by {error:.1e}: "
+        "torch takes a fast path there",
     )
 
 

@@ -8,9 +8,11 @@ from torch import nn
 
 from fusecli.equivalence.compare import Incomparable
 from fusecli.equivalence.drift import measure_drift
+from fusecli.equivalence.elsewhere import judge_elsewhere
 from fusecli.equivalence.findings import Findings, verdict_of
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.equivalence.noise import narrowest
+from fusecli.equivalence.sizes import Axes
 from fusecli.equivalence.stored import misstored
 from fusecli.equivalence.subject import Subject, with_exact_tensors
 from fusecli.equivalence.training import Names, Training, judge_training
@@ -21,9 +23,15 @@ from fusecli.sample import Sample
 
 
 def judge(
-    subject: Subject, samples: Sequence[Sample], *, seed: int, tick: Callable[[str], None] = lambda _: None
+    subject: Subject,
+    samples: Sequence[Sample],
+    *,
+    seed: int,
+    tick: Callable[[str], None] = lambda _: None,
+    dynamic: Sequence[Axes] = (),
 ) -> tuple[Verdict, list[GroupCheck]]:
-    """The verdict on `subject` and what was seen of each group.
+    """The verdict on `subject` and what was seen of each group. `dynamic` says for each tensor of a sample
+    which of its axes may have other sizes; what it leaves out, or None: any.
 
     Raises UsageError where the original model cannot be run on the samples at all, KeyError where one of the
     models has no module of a group's name.
@@ -58,6 +66,9 @@ def judge(
         trial.locate()
     for check in checks:
         check.on_drawn_input(seed)
+    if found.runs:
+        tick("other sizes")
+        judge_elsewhere(Trial(subject, original, fused, samples[0], seed, found), dynamic, found.way)
     if subject.names is not None and found.runs:
         tick("training")
         found.training = _trained(subject, subject.names, samples, seed)

@@ -123,6 +123,13 @@ class Region:
         return tuple(read)
 
     @cached_property
+    def leaves_in(self) -> tuple[tuple[str, int], ...]:
+        """The calls of members that give what is read outside, as path and turn."""
+        exits = set(self.exits)
+        calls = zip(self.visits, self.order, strict=True)
+        return tuple(call for visit, call in calls if exits & set(visit.gives))
+
+    @cached_property
     def unknown(self) -> tuple[int, ...]:
         """What ops between members read besides: no call of a member shows it."""
         shown = {v for visit in self.visits for v in (*visit.takes, *visit.gives)}

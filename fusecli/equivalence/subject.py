@@ -54,6 +54,15 @@ class Subject:
             for group, region in zip(self.groups, self.shapes, strict=True)
         )
 
+    @property
+    def exits(self) -> tuple[End, ...]:
+        """The calls that return what is read outside of the groups."""
+        return tuple(
+            end
+            for group, region in zip(self.groups, self.shapes, strict=True)
+            for end in ([End(group[-1])] if region is None else [End(*call) for call in region.leaves_in])
+        )
+
 
 def with_exact_tensors(subject: Subject) -> nn.Module:
     """The fused model itself in float64, with the fold's exact tensors.

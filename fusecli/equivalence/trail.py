@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -24,9 +24,22 @@ Step = tuple[str, tuple[int, ...], float, float]  # name, shape, size of what it
 
 @dataclass(frozen=True)
 class Trail:
-    """The steps of one run; the n-th step of a model and the n-th of its fold are the same operation."""
+    """The steps of one run; the n-th step of a model and the n-th of its fold are the same operation.
+
+    way    the name of every operation, those inside of groups too
+    exits  what groups have given: the module that gave it, and in which of its calls
+    """
 
     steps: list[Step]
+    way: list[str] = field(default_factory=list)
+    exits: dict[tuple[str, int], Step] = field(default_factory=dict)
+
+    def exits_against(self, other: Trail) -> Difference:
+        """The group whose output differs most in the other run: it shows what a dead head behind it hides."""
+        both = [key for key in self.exits if key in other.exits]
+        mine, theirs = (Trail([trail.exits[key] for key in both]) for trail in (self, other))
+        worst = mine.against(theirs)
+        return worst if not worst.error else Difference(worst.error, f"a group's output, {worst.where}")
 
     def against(self, other: Trail) -> Difference:
         """The step that differs most in the other run.
@@ -61,9 +74,12 @@ class End:
 
 
 @contextmanager
-def followed(model: nn.Module, groups: Sequence[tuple[End, End]]) -> Iterator[Trail]:
+def followed(
+    model: nn.Module, groups: Sequence[tuple[End, End]], exits: Sequence[End] = ()
+) -> Iterator[Trail]:
     """Inside, every operation of the running `model` is noted, save those between the call that begins a
-    group and the return that ends it: what is there may have another value once the group is fused."""
+    group and the return that ends it: what is there may have another value once the group is fused. What the
+    calls in `exits` return has the same one again, and is noted too."""
     within = [0]
     handles = []
 
@@ -83,24 +99,44 @@ def followed(model: nn.Module, groups: Sequence[tuple[End, End]]) -> Iterator[Tr
     for end in dict.fromkeys(last for _, last in groups):  # several groups may share a norm
         handles.append(model.get_submodule(end.path).register_forward_hook(step(-1, end.turn)))
     trail = Trail([])
+    for end in dict.fromkeys(exits):
+        hook = _leaving(trail, end)
+        handles.append(model.get_submodule(end.path).register_forward_hook(hook))
     try:
-        with _Noting(trail.steps, within):
+        with _Noting(trail, within):
             yield trail
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _leaving(trail: Trail, end: End) -> Callable[..., None]:
+    calls = count()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        turn = next(calls)
+        if end.turn is not None and end.turn != turn:
+            return
+        with torch._C.DisableTorchFunction():  # to look at it is no step of the model
+            for tensor in _tensors(output):
+                step = (end.path, tuple(tensor.shape), _size(tensor), _projection(tensor))
+                trail.exits[end.path, turn] = step
+
+    return hook
+
+
 class _Noting(TorchFunctionMode):
-    def __init__(self, steps: list[Step], within: list[int]) -> None:
+    def __init__(self, trail: Trail, within: list[int]) -> None:
         super().__init__()
-        self._steps, self._within = steps, within
+        self._way, self._steps, self._within = trail.way, trail.steps, within
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         sources = [] if self._within[0] else [_size(value) for value in _tensors((args, kwargs))]
         result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor | tuple | list):
+            self._way.append(getattr(func, "__name__", ""))
         if not self._within[0]:
             for tensor in _tensors(result):
                 size = _largest([_size(tensor), *sources])

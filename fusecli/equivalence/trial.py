@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecli.blame import forward_failed
-from fusecli.equivalence.compare import TOLERANCE, Difference, Incomparable, compare
+from fusecli.equivalence.compare import MOST, TOLERANCE, Difference, Incomparable, compare
 from fusecli.equivalence.culprit import culprit
 from fusecli.equivalence.findings import Findings
 from fusecli.equivalence.groups import observed
@@ -19,11 +19,15 @@ from fusecli.equivalence.run import changed_buffers, run
 from fusecli.equivalence.subject import Subject
 from fusecli.equivalence.trail import Trail, followed
 from fusecli.errors import UsageError
-from fusecli.sample import Sample
+from fusecli.sample import Sample, cast, seeded
 
 _OTHER_SEED = 1_000_003
 _INNER_READER = (
     "right by itself, but the model differs with it fused: something else reads a tensor inside it"
+)
+_OUT_OF_SIGHT = (
+    "right in float64, but as users run the model, without hooks and modes, it differs: torch takes a fast "
+    "path there that reads what the fold changes"
 )
 
 
@@ -54,6 +58,7 @@ class Trial:
         try:
             output = run(self.fused, self.sample, seed=self.seed, dtype=torch.float64)
             if trail:
+                found.way = trail.way
                 found.inside = trail.against(self._followed(self.fused)[0])
         except Exception as error:  # whatever somebody's forward may raise
             found.end = Difference(
@@ -122,7 +127,11 @@ class Trial:
     def locate(self) -> None:
         """Names the group that breaks the whole where each group by itself is right."""
         found, partly_fused = self.found, self.subject.partly_fused
-        if partly_fused is None or not found.whole_differs or any(check.differs for check in found.checks):
+        if partly_fused is None or any(check.differs for check in found.checks):
+            return
+        if not found.whole_differs:
+            if found.too_far:
+                self._locate_unwatched(partly_fused)
             return
         # Not the twin itself, whose state its runs have changed.
         trail, reference = self._followed(partly_fused(0))
@@ -141,3 +150,25 @@ class Trial:
             found.end = replace(found.end, why=why)
         else:
             found.checks[number].trouble = _INNER_READER
+
+    def _locate_unwatched(self, partly_fused: Callable[[int], nn.Module]) -> None:
+        """Names the group that breaks the whole only as users run it: on a path that no hook or mode sees."""
+        try:
+            reference = self._unwatched(partly_fused(0))
+        except Exception:  # float64 may have no such path
+            return
+
+        def differs(count: int) -> bool:
+            try:
+                return compare(reference, self._unwatched(partly_fused(count))).error > MOST
+            except Exception:  # a model that half a fold breaks
+                return True
+
+        number = culprit(len(self.found.checks), differs)
+        if number is not None:
+            self.found.checks[number].trouble = _OUT_OF_SIGHT
+
+    def _unwatched(self, model: nn.Module) -> Any:
+        inputs = self.sample.copy(torch.float64)
+        with seeded(self.seed), torch.no_grad():
+            return cast(model(*inputs.args, **inputs.kwargs), None)

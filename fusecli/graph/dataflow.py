@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fusecli.graph.held import Hold
-from fusecli.graph.ops import LOOKS, MOVES
+from fusecli.graph.ops import MOVES
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,7 @@ class Recording:
     elsewhere   modules that another thread has called, with the number of op calls when they returned
     held        modules that something outside of the module tree holds too: a call that comes from there is
                 no call of the module
+    places      for the calls that ask for numbers, the line of somebody's code that does
     """
 
     values: tuple[Value, ...]
@@ -128,6 +129,7 @@ class Recording:
     appeared: frozenset[int] = frozenset()
     elsewhere: Mapping[str, int] = field(default_factory=dict)
     held: Mapping[str, Hold] = field(default_factory=dict)
+    places: Mapping[int, str] = field(default_factory=dict)
 
     def held_by(self, path: str) -> Hold | None:
         """What holds the module at `path`; or the function that holds one around it, in which case a copy of
@@ -230,9 +232,14 @@ class Recording:
         looks = [
             call
             for call in self.calls
-            if call.name in LOOKS and not all(self.values[value].constant for value in call.reads)
+            if call.number in self.places and not all(self.values[value].constant for value in call.reads)
         ]
-        return tuple(dict.fromkeys(map(self.described, looks)))
+        return tuple(dict.fromkeys(map(self._asking, looks)))
+
+    def _asking(self, call: Call) -> str:
+        """The module and the line of code: 'gate (net.py:12 in Gate.forward)'."""
+        where, line = self.inside(call) or "the model's forward", self.places[call.number]
+        return f"{where} ({line})" if line else where
 
     @cached_property
     def steps(self) -> int:

@@ -17,6 +17,8 @@ _ESCAPES = {
 }
 # What is read there and then; through all others somebody may go on reading, and write.
 COPIES = frozenset({"Tensor.tolist", "Tensor.__deepcopy__", "Tensor.__reduce_ex__"})
+# Of them, those that hand numbers to Python.
+ASKING = frozenset(f"Tensor.{name}" for name in ("numpy", "__array__", "tolist"))
 
 
 class Escapes(TorchFunctionMode):

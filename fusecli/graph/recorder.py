@@ -30,11 +30,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusecli.graph.dataflow import Call, Recording, Ref, Value, Visit
-from fusecli.graph.escapes import COPIES, Escapes
+from fusecli.graph.escapes import ASKING, COPIES, Escapes
 from fusecli.graph.held import Hold
 from fusecli.graph.kinds import is_identity
 from fusecli.graph.memory import Layout, Memory, expired, key_of, layout_of, shape_of
-from fusecli.graph.ops import MOVES
+from fusecli.graph.ops import LOOKS, MOVES
+from fusecli.graph.places import place
 from fusecli.sample import tensors_in
 
 _NO_NUMBERS = (
@@ -76,6 +77,7 @@ class Recorder(TorchDispatchMode):
         self._elsewhere: dict[str, int] = {}
         self._looks: Any = WeakTensorKeyDictionary()
         self._escaped = False
+        self._places: dict[int, str] = {}
         self.went_astray = False  # forward went on where fake tensors have no answer
         self.kept_outside = True  # tensors of the run are alive, and no module of the model has them
 
@@ -159,12 +161,15 @@ class Recorder(TorchDispatchMode):
             frozenset(v for key, v in self._unmade.items() if expired(self._memory[key].watch)),
             self._elsewhere,
             held or {},
+            self._places,
         )
 
     def _escape(self, name: str, tensor: Tensor) -> None:
         """Something outside torch reads this tensor."""
         self._escaped = True
         self.went_astray |= self._fake
+        if name in ASKING:
+            self._places[len(self._calls)] = place()
         value = self._memory_of(tensor)[1]
         self._note(None, f"{name} in {self._place()}", (), {}, (value,), (), lends=name not in COPIES)
 
@@ -227,6 +232,8 @@ class Recorder(TorchDispatchMode):
                 memory = self._memory[key] = Memory(watch, value)
             memory.current[layout_of(tensor)] = value
         if made or not outputs:
+            if name in LOOKS:
+                self._places[len(self._calls)] = place()
             self._note(func, name, args, kwargs, reads, tuple(made))
 
     def _overwrite(self, tensor: Tensor, number: int, constant: bool, origins: frozenset[str]) -> int:

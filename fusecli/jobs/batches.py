@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusecli.artifact import artifact_at
 from fusecli.blame import forward_failed
-from fusecli.errors import Problem, UsageError
+from fusecli.checkpoint import open_checkpoint
+from fusecli.errors import FusecliError, Problem, UsageError
 from fusecli.int8.torchao import quiet
 from fusecli.jobs.fuse import protected as read_by_fuse
-from fusecli.jobs.inputs import read_tensor, samples_of
+from fusecli.jobs.inputs import as_computed, read_tensor, samples_of
 from fusecli.jobs.source import folder_of
 from fusecli.outcome import LedgerEntry
 from fusecli.sample import Sample, tensors_in
@@ -40,6 +42,20 @@ def protected(spec: Spec) -> list[Path]:
     """Files besides the checkpoint that the work reads: those of a fold, and those to calibrate on."""
     read = [entry.file for entry in tensors_of(spec.quantize.calibrate) if entry.file]
     return [*read_by_fuse(spec), *(folder_of(spec) / file for file in read)]
+
+
+def typed(path: Path, spec: Spec, allow_pickle: bool) -> tuple[Spec, list[LedgerEntry]]:
+    """The spec with the dtype of the model for random inputs, and what the report says of it; as it is where
+    the file cannot be opened, which is told where it is folded."""
+    named = spec.checkpoint
+    try:
+        checkpoint = artifact_at(path) or open_checkpoint(
+            path, allow_pickle=allow_pickle, key=named.key, strip_prefix=named.strip_prefix
+        )
+    except FusecliError:
+        return spec, []
+    with checkpoint:
+        return as_computed(spec, checkpoint)
 
 
 def evaluation(spec: Spec, seed: int) -> Batches:

@@ -19,7 +19,7 @@ from fusecli.graph.dataflow import Recording
 from fusecli.graph.kinds import norms
 from fusecli.graph.record import Run
 from fusecli.jobs.fold import Layout
-from fusecli.outcome import FileFacts, LedgerEntry, Totals, Unfused
+from fusecli.outcome import ASKED, FileFacts, LedgerEntry, Totals, Unfused
 from fusecli.spec import Spec
 
 _STATE = ("running_mean", "running_var", "num_batches_tracked")
@@ -139,10 +139,9 @@ def tie_ledger(checkpoint: Checkpoint, kept: Collection[str]) -> list[LedgerEntr
 
 def caveat_ledger(decisions: Iterable[Decision], recording: Recording | None) -> list[LedgerEntry]:
     """What the recorded run could not show."""
-    what = "forward looks at numbers here: the folds hold for inputs that make it go the recorded way"
     asked = recording.asked if recording is not None and not recording.fake else ()
     return [
-        *(LedgerEntry("assumed", place, what) for place in asked),
+        *(LedgerEntry("assumed", place, ASKED) for place in asked),
         *_caveats(decisions),
     ]
 

@@ -38,7 +38,7 @@ from fusecli.jobs.fold import (
     plan_fold,
     write_fold,
 )
-from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.inputs import as_computed, samples_of
 from fusecli.jobs.proof import Tick, reported
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.source import (
@@ -101,6 +101,8 @@ def fuse_file(request: FuseRequest, consent: Consent, tick: Tick = lambda _: Non
             return _fused_already(outcome, checkpoint, manifest, spec)
         _require_storable(checkpoint, fmt)
         source = source_of(checkpoint, spec, consent)
+        spec, typed = as_computed(spec, checkpoint)
+        source.ledger += typed
         read_trained(source, spec, manifest)
         _require_work(spec, source)
         outcome = _Job(request, spec, source, consent, tick, fmt, target).run(outcome)
@@ -370,7 +372,10 @@ class _Job:
         )
         verdict = strictly(replace(verdict, groups=groups), outcome, self.request.strict)
         status, code = STATUS[verdict.judgement]
-        return replace(outcome, groups=groups, verification=verdict, status=status, exit_code=code)
+        ledger = (*outcome.ledger, *verdict.ledger)
+        return replace(
+            outcome, groups=groups, verification=verdict, ledger=ledger, status=status, exit_code=code
+        )
 
     def _judge(self, fold: Fold, artifact: Checkpoint) -> tuple[Verdict, Any]:
         return judged(

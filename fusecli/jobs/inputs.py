@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fusecli.checkpoint import Checkpoint
 from fusecli.errors import Problem, UsageError
 from fusecli.jobs.source import folder_of
-from fusecli.sample import Sample
+from fusecli.outcome import LedgerEntry
+from fusecli.sample import Sample, tensors_in
 from fusecli.spec import InputSpec, Spec
 from fusecli.spec.inputs import tensors_of
+
+_DTYPE = "float32"
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def samples_of(spec: Spec, seed: int, count: int) -> list[Sample]:
@@ -23,6 +31,54 @@ def samples_of(spec: Spec, seed: int, count: int) -> list[Sample]:
         raise UsageError(Problem("there is a model, but no inputs to run it on", spec.where(()), fix))
     drawn = any(entry.file is None for entry in tensors_of(spec.inputs))
     return [_sample(spec, seed + number) for number in range(count if drawn else 1)]
+
+
+def as_computed(spec: Spec, checkpoint: Checkpoint) -> tuple[Spec, list[LedgerEntry]]:
+    """The spec with a dtype for every random input that has none: the one that the model computes in. And
+    what the report says of it, where that is not what people expect.
+    """
+    dtype = computing_dtype(checkpoint)
+    drawn = [*tensors_of(spec.inputs), *tensors_of(spec.quantize.calibrate)]
+    if dtype == _DTYPE or all(entry.file or entry.dtype for entry in drawn):
+        return spec, []
+    quantize = spec.quantize.model_copy(update={"calibrate": _given(spec.quantize.calibrate, dtype)})
+    spec = spec.model_copy(update={"inputs": _given(spec.inputs, dtype), "quantize": quantize})
+    what = f"random inputs are {dtype}, as most of the model's parameters; a dtype in the spec would win"
+    return spec, [LedgerEntry("input", "inputs", what)]
+
+
+def computing_dtype(checkpoint: Checkpoint) -> str:
+    """The floating dtype of most parameters of a checkpoint; float32 where there are none."""
+    sizes: Counter[str] = Counter()
+    for name, tensor in checkpoint.tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype in _FLOATING and not name.endswith(STATISTICS):
+            sizes[dtype] += prod(tensor.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype], default=_DTYPE)
+
+
+def _given(entries: Any, dtype: str) -> Any:
+    def one(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            return {name: one(item) for name, item in entry.items()}
+        if not isinstance(entry, InputSpec):
+            return _given(entry, dtype)
+        return entry if entry.file or entry.dtype else entry.model_copy(update={"dtype": dtype})
+
+    return tuple(map(one, entries))
+
+
+def dynamic_axes(spec: Spec, sample: Sample) -> list[tuple[int, ...] | None]:
+    """For each tensor of the sample the axes that the spec says are dynamic; None: it does not say.
+
+    Raises UsageError for an axis that a tensor of a file has not got.
+    """
+    entries, tensors = list(tensors_of(spec.inputs)), tensors_in((sample.args, dict(sample.kwargs)))
+    for entry, tensor in zip(entries, tensors, strict=False):
+        if beyond := [axis for axis in entry.dynamic or () if axis >= tensor.ndim]:
+            what = f"{entry.file}:{entry.key} has no axis {beyond[0]}, its shape is {list(tensor.shape)}"
+            raise UsageError(Problem(what, spec.where(("inputs",)), "axes are counted from 0"))
+    return [entry.dynamic for entry in entries]
 
 
 def _sample(spec: Spec, seed: int) -> Sample:
@@ -53,7 +109,7 @@ def _value(entry: Any, generator: torch.Generator, folder: Path, where: str) -> 
 
 
 def _drawn(entry: InputSpec, generator: torch.Generator, where: str) -> Tensor:
-    shape, dtype = entry.shape or (), getattr(torch, entry.dtype)
+    shape, dtype = entry.shape or (), getattr(torch, entry.dtype or _DTYPE)
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.5
     if not dtype.is_floating_point:

@@ -15,18 +15,20 @@ from fusecli.artifact import manifest_of
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group
+from fusecli.equivalence.sizes import Axes
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import looked, settled
 from fusecli.jobs.entries import entries
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, try_fold
-from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.inputs import as_computed, dynamic_axes, samples_of
 from fusecli.jobs.picture import check_around, picture_of
 from fusecli.jobs.rerun import edited_run
+from fusecli.jobs.sizes import require_other_sizes
 from fusecli.jobs.source import folder_of, source_of
 from fusecli.jobs.verdicts import recorded
-from fusecli.outcome import Outcome, Refusal, Unfused
+from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused
 from fusecli.picture import Picture
 from fusecli.plain import visible
 from fusecli.rewrite import MANIFEST_KEY, ModuleTree
@@ -76,7 +78,8 @@ def plan_file(
             raise UsageError(Problem("planning runs the model, and its code is not known", "", fix))
         tick("recording one forward")
         seed = request.seed if request.seed is not None else spec.verify.seed
-        sample = samples_of(spec, seed, 1)[0]
+        typed, told = as_computed(spec, checkpoint)
+        sample = samples_of(typed, seed, 1)[0]
         skeleton, run, choice = looked(
             spec,
             source,
@@ -84,15 +87,17 @@ def plan_file(
             source.runnable,
             sample,
             (),
-            others=lambda: samples_of(spec, seed, spec.verify.samples)[1:],
+            others=lambda: samples_of(typed, seed, spec.verify.samples)[1:],
         )
         names = [path for path in ModuleTree(skeleton).modules if path]
         bind_groups(spec, names)  # there are none; an exclude that matches nothing is a slip
         check_around(request.around or (), names)
         tick("trying the folds")
-        fold = settled(source, skeleton, choice, run, lambda fold: _try(fold, run))
+        dynamic = dynamic_axes(typed, sample)
+        fold = settled(source, skeleton, choice, run, lambda fold: _try(fold, run, dynamic))
         unfused = choice.unfused(fold.decisions)
-        text = _written(request, spec, choice.groups, unfused, names, choice.idle)
+        ledger = facts.caveat_ledger(fold.decisions, run.recording)
+        text = _written(request, spec, choice.groups, unfused, names, choice.idle) + remarks(ledger)
         picture = None
         if request.around is not None:
             picture = picture_of(
@@ -105,10 +110,10 @@ def plan_file(
             ExitCode.OK if fold.decisions else ExitCode.NOTHING,
             groups=tuple(group_reports(fold, skeleton)),
             unfused=unfused,
-            ledger=tuple(facts.path_ledger(fold.decisions)),
             input=facts.input_facts(source.checkpoint),
             environment=facts.environment(),
             recording=recorded(run),
+            ledger=(*told, *facts.path_ledger(fold.decisions), *ledger),
         )
         if not fold.decisions:
             outcome = replace(
@@ -124,9 +129,11 @@ def _require_original(checkpoint: Checkpoint) -> None:
         raise UsageError(Problem(what, str(checkpoint.path), "plan on the original checkpoint"))
 
 
-def _try(fold: Fold, run: Run) -> None:
-    """Folds and forgets, and runs the edited model; raises Refused with the groups that allow neither."""
+def _try(fold: Fold, run: Run, dynamic: Sequence[Axes]) -> None:
+    """Folds and forgets, looks at other sizes, and runs the edited model; raises Refused with the groups that
+    do not allow it."""
     try_fold(fold)
+    require_other_sizes(fold, run, dynamic)
     if any(decision.custom for decision in fold.decisions) or edited_run(run, fold.rewrites):
         return
     found = zip(fold.decisions, fold.rewrites, strict=True)
@@ -158,6 +165,12 @@ def listing(
         lines.append("# Does nothing at inference (--remove-idle makes identities of it):")
         lines += [f"#   {visible(path)}" for path in idle]
     return "\n".join([*lines, *_comments(unfused)]) + "\n"
+
+
+def remarks(ledger: Iterable[LedgerEntry]) -> str:
+    """As comments what the recorded run could not show, such as where forward decides by numbers."""
+    lines = [f"#   {visible(entry.where)}: {visible(entry.what)}" for entry in ledger]
+    return "\n".join(["# Not shown by the run:", *lines, ""]) if lines else ""
 
 
 def _counted(groups: Sequence[Group], unfused: Sequence[Unfused]) -> str:

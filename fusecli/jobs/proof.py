@@ -34,12 +34,14 @@ Tick = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Proof:
-    """How a proof is run: samples with their seed, and whom to tell about progress."""
+    """How a proof is run: samples with their seed, whom to tell about progress, and for each tensor of a
+    sample the axes that may have other sizes (None: any)."""
 
     samples: Sequence[Sample]
     seed: int
     consent: Consent
     tick: Tick
+    dynamic: Sequence[tuple[int, ...] | None] = ()
 
 
 def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict, list[GroupCheck]]:
@@ -65,7 +67,7 @@ def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Ve
         partly_fused=partly_fused,
         names=fold.keymap if source.vocabulary.mode == "qat" else None,
     )
-    verdict, checks = judge(subject, proof.samples, seed=proof.seed, tick=proof.tick)
+    verdict, checks = judge(subject, proof.samples, seed=proof.seed, tick=proof.tick, dynamic=proof.dynamic)
     stored = verdict.check_results["from disk"] is Judgement.EQUIVALENT
     only_the_whole = stored and not any(check.judgement is Judgement.DIFFERENT for check in checks)
     if verdict.judgement is Judgement.DIFFERENT and only_the_whole and _builds_disagree(source, proof):

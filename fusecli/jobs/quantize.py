@@ -73,13 +73,14 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
     fmt, target = request.target
     spec = request.spec
     check_target(target, request.checkpoint, request.force or request.dry_run, protected(spec))
+    spec, told = batches.typed(request.checkpoint, spec, request.allow_pickle)
     samples, given = batches.calibration(spec, request.seeded), batches.evaluation(spec, request.seeded)
     if not request.dry_run:
         flow()  # without torchao, all that comes before it would be for nothing
     try:
         floats = floats_of(request.checkpoint, spec, consent, tick, request.allow_pickle, request.seeded)
     except Stopped as stopped:
-        return stopped.outcome
+        return replace(stopped.outcome, ledger=(*told, *stopped.outcome.ledger))
     for some in (samples, given):
         batches.require_running(floats.original, some)
     batches.require_scores(floats.original, given)
@@ -96,7 +97,8 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
         bytes=floats.bytes,
         notes=planned.notes,
     )
-    outcome = replace(floats.outcome, ledger=(*floats.outcome.ledger, *batches.random_ledger(samples)))
+    ledger = (*told, *floats.outcome.ledger, *batches.random_ledger(samples))
+    outcome = replace(floats.outcome, ledger=ledger)
     if request.dry_run:
         step = f"without --dry-run this calibrates on {samples.said} and writes {target}"
         if not spec.quantize.threshold.asks:

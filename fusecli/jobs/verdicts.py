@@ -13,7 +13,7 @@ from fusecli.errors import ExitCode
 from fusecli.graph.record import Run
 from fusecli.jobs.facts import named
 from fusecli.jobs.fold import Fold
-from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.inputs import dynamic_axes, samples_of
 from fusecli.jobs.proof import Proof, Tick, prove_alone, prove_with_model
 from fusecli.outcome import Evidence, GroupReport, Judgement, Outcome, Refusal, Verdict
 from fusecli.spec import Spec
@@ -40,7 +40,9 @@ def judged(
     if fold.source.build is None or spec is None:
         return prove_alone(fold, artifact, Proof((), seed, consent, tick))
     count = samples if samples is not None else spec.verify.samples
-    return prove_with_model(fold, artifact, Proof(samples_of(spec, seed, count), seed, consent, tick))
+    inputs = samples_of(spec, seed, count)
+    proof = Proof(inputs, seed, consent, tick, dynamic_axes(spec, inputs[0]))
+    return prove_with_model(fold, artifact, proof)
 
 
 def strictly(verdict: Verdict, outcome: Outcome, strict: bool) -> Verdict:

@@ -21,7 +21,7 @@ from fusecli.graph.record import Run
 from fusecli.jobs import facts
 from fusecli.jobs.choice import chosen
 from fusecli.jobs.fold import Fold, Refused, apply_to_skeleton, group_reports, plan_fold, trained_record
-from fusecli.jobs.inputs import samples_of
+from fusecli.jobs.inputs import as_computed, samples_of
 from fusecli.jobs.int8_facts import facts_of
 from fusecli.jobs.proof import reported
 from fusecli.jobs.source import Source, dressed, planted, source_of
@@ -29,7 +29,7 @@ from fusecli.jobs.trained import read_as, read_trained
 from fusecli.jobs.verdicts import judged, on_all_paths, recorded, strictly
 from fusecli.jobs.verify_blame import NO_RELEASE, blamed, misfit, mismatches, telling_which
 from fusecli.jobs.verify_int8 import Int8Request, verify_int8
-from fusecli.outcome import Judgement, Outcome
+from fusecli.outcome import Judgement, LedgerEntry, Outcome
 from fusecli.rewrite import (
     MANIFEST_KEY,
     Container,
@@ -76,7 +76,12 @@ def verify_file(
     with open_checkpoint(request.fused) as artifact:
         manifest = _manifest(request, artifact)
         with _original(request, manifest, consent) as checkpoint:
+            typed: list[LedgerEntry] = []
+            if spec is not None:
+                spec, typed = as_computed(spec, checkpoint)
+                request = replace(request, spec=spec)
             source, skeleton, groups = _structure(checkpoint, spec, manifest, consent, artifact)
+            source.ledger += typed
             return _verify(request, spec, source, skeleton, groups, manifest, artifact, consent, tick)
 
 
@@ -237,6 +242,8 @@ def _verify(
         *apply_to_skeleton(fold),
         *facts.path_ledger(fold.decisions),
         *mismatches(source, manifest),
+        *facts.caveat_ledger(fold.decisions, facts.seen(run)),
+        *verdict.ledger,
     ]
     verdict, reports = on_all_paths(
         verdict,

@@ -49,7 +49,7 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
     if spec is None:
         what = "an int8 file is judged by running it beside the float model"
         raise UsageError(Problem(what, str(request.int8), "give --spec, or --model and --input"))
-    spec = _as_made(spec, request.said)
+    spec, told = batches.typed(request.checkpoint, _as_made(spec, request.said), request.allow_pickle)
     seed = request.seed if request.seed is not None else spec.verify.seed
     samples = batches.evaluation(spec, seed)
     archive = int8_facts.is_archive(request.int8)
@@ -92,7 +92,7 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
         status="verified",
         exit_code=ExitCode.OK,
         output=facts.file_facts(request.int8, "pt2" if archive else "safetensors"),
-        ledger=(*floats.outcome.ledger, *batches.random_ledger(samples), *_mismatch(request, floats)),
+        ledger=(*told, *floats.outcome.ledger, *batches.random_ledger(samples), *_mismatch(request, floats)),
     )
     outcome = int8.judged(outcome, found, missed)
     wrong = list(_wrong(planned, written, floats, spec, seed, tick))

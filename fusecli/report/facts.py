@@ -113,7 +113,7 @@ def files(outcome: Outcome) -> list[tuple[str, FileFacts]]:
 
 
 def check_result(outcome: Outcome, check: str) -> Judgement | None:
-    """How one of the four checks ended; None where the verdict does not say."""
+    """How one of the checks ended; None where the verdict does not say."""
     verdict = outcome.verification
     if verdict is None:
         return None

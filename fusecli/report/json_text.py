@@ -72,7 +72,7 @@ def _verification(verdict: Verdict | None) -> dict[str, Any] | None:
         return None
     record: dict[str, Any] = _plain(verdict)
     # They stand at the top level already: the same fact twice could only disagree.
-    del record["groups"]
+    del record["groups"], record["ledger"]
     measured = {name: getattr(verdict, name) for name in ("float64_error", "drift", "noise_floor")}
     record["reasons"] = [*verdict.reasons, *facts.unreal_numbers(measured)]
     return record

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag, WithJsonSchema, model_validator
 from typing_extensions import Self, TypeAliasType
 
 from fusecli.spec.part import Count, Listed, Maybe, Part, Text
-from fusecli.spec.scalars import one_of, problem, read_float
+from fusecli.spec.scalars import one_of, problem, read_float, read_int
 from fusecli.spec.wording import shown
 
 DType = Literal[
@@ -40,23 +40,44 @@ def _keyword(name: str) -> str:
     return name
 
 
+def _axis(number: int) -> int:
+    if number < 0:
+        raise problem(f"an axis is counted from 0, found {number}")
+    return number
+
+
+def _distinct(axes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(axes)) != len(axes):
+        raise problem("an axis is named twice", "name each once, for example dynamic: [0, 2, 3]")
+    return axes
+
+
+Axis = Annotated[
+    int,
+    BeforeValidator(read_int),
+    AfterValidator(_axis),
+    WithJsonSchema({"type": "integer", "minimum": 0}),
+]
 Number = Annotated[int | float, BeforeValidator(read_float)]
 
 
 class InputSpec(Part):
     """One tensor: drawn at random (shape, dtype, range) or read from a safetensors file (file, key).
 
-    range is half open: [low, high). A `name` passes the tensor by keyword. `labels` are the right answers for
-    what a file holds, in the same file: a class for each.
+    Without a dtype what is drawn has the dtype that the model computes in. range is half open: [low, high).
+    A `name` passes the tensor by keyword. `labels` are the right answers for what a file holds, in the same
+    file: a class for each. `dynamic` are the axes that may have other sizes: without it the proof tries them
+    all, an empty list says that none has.
     """
 
     shape: Maybe[Annotated[Listed[Count], AfterValidator(_allocatable)]] = None
-    dtype: Annotated[DType, BeforeValidator(one_of("dtype", get_args(DType)))] = "float32"
+    dtype: Maybe[Annotated[DType, BeforeValidator(one_of("dtype", get_args(DType)))]] = None
     range: Maybe[Annotated[Listed[Number], AfterValidator(_low_before_high)]] = None
     file: Maybe[Text] = None
     key: Maybe[Text] = None
     labels: Maybe[Text] = None
     name: Maybe[Annotated[Text, AfterValidator(_keyword)]] = None
+    dynamic: Maybe[Annotated[Listed[Axis], AfterValidator(_distinct)]] = None
 
     @model_validator(mode="after")
     def _drawn_or_read(self) -> Self:
@@ -75,10 +96,13 @@ class InputSpec(Part):
             raise problem(
                 f"{' and '.join(stray)} cannot go with a file, which has its own values", "remove it"
             )
+        if self.shape is not None and (beyond := [a for a in self.dynamic or () if a >= len(self.shape)]):
+            last = f"the last is {len(self.shape) - 1}" if self.shape else "a number has none"
+            raise problem(f"the shape has no axis {beyond[0]}", f"axes are counted from 0; {last}")
         return self._range_fits()
 
     def _range_fits(self) -> Self:
-        if self.range is None or self.dtype.startswith(("float", "bfloat")):
+        if self.range is None or self.dtype is None or self.dtype.startswith(("float", "bfloat")):
             return self
         if self.dtype == "bool":
             raise problem("a bool input has no range", "remove range")

@@ -22,7 +22,7 @@ inputs:
   - {shape: [2, 3, 224, 224]}
   - {shape: [2, 16], dtype: int64, range: [0, 1000]}
   - [{shape: [1]}, [{shape: []}, {file: samples.safetensors, key: tokens}]]
-  - {shape: [2], name: mask}
+  - {shape: [2], name: mask, dynamic: [0]}
 qat: false
 groups:
   - [conv1, bn1, relu1]
@@ -179,6 +179,18 @@ REFUSED = {
         "1:10: the range of an int8 input is of whole numbers",
     ),
     "bool range": ("inputs: [{shape: [1], dtype: bool, range: [0, 1]}]", "1:10: a bool input has no range"),
+    "axis past the shape": (
+        "inputs: [{shape: [1, 2], dynamic: [0, 2]}]",
+        "1:10: the shape has no axis 2; axes are counted from 0; the last is 1",
+    ),
+    "negative axis": (
+        "inputs: [{shape: [1], dynamic: [-1]}]",
+        "1:33: an axis is counted from 0, found -1",
+    ),
+    "axis twice": (
+        "inputs: [{shape: [1], dynamic: [0, 0]}]",
+        "1:23: an axis is named twice; name each once, for example dynamic: [0, 2, 3]",
+    ),
     "positional last": (
         "inputs:\n- {shape: [1], name: a}\n- {shape: [1]}",
         "1:1: a positional input stands after a named one",
@@ -245,7 +257,7 @@ def test_everything_that_can_be_said(read: Read) -> None:
     assert spec.model is not None
     assert (spec.model.factory, spec.model.kwargs) == ("myproj.models:build", {"num_classes": 10})
     tensor, tokens, (single, (scalar, stored)), mask = spec.inputs  # type: ignore[misc]
-    assert (tensor.shape, tensor.dtype, tensor.range) == ((2, 3, 224, 224), "float32", None)
+    assert (tensor.shape, tensor.dtype, tensor.range) == ((2, 3, 224, 224), None, None)
     assert (tokens.dtype, tokens.range) == ("int64", (0, 1000))
     assert (single.shape, scalar.shape, mask.name) == ((1,), (), "mask")
     assert (stored.file, stored.key) == ("samples.safetensors", "tokens")

@@ -1,0 +1,161 @@
+"""Other sizes: a fold that one size has shown need not hold at others.
+
+A convolution that pads by size, `if x.shape[-1] % 2`, a pool whose last window is cut off: recorded at one
+size, each is another function at the next. So each axis of the inputs is made one longer, as far as the
+original runs so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from fusecli.equivalence.compare import Difference
+from fusecli.sample import Sample, tensors_in
+
+Axes = tuple[int, ...] | None  # of one input those that may vary; None: any
+Change = frozenset[tuple[int, int]]  # which input, counted from 0, is longer along which of its axes
+_ATTEMPTS = 16
+
+
+@dataclass
+class Shown:
+    """For which sizes a verdict speaks.
+
+    at      the sample's own
+    others  those that were run besides
+    wrong   the first at which original and fold differ, with its inputs and by how much
+    """
+
+    at: str
+    others: list[str] = field(default_factory=list)
+    fixed: bool = False
+    wrong: tuple[str, Sample, Difference] | None = None
+
+    @property
+    def sentence(self) -> str:
+        if self.wrong is not None:
+            return f"equal at {self.at}, but not at {self.wrong[0]}"
+        if self.others:
+            return f"equal at {_listed([self.at, *self.others])}; inputs of another rank were not tried"
+        why = (
+            "the spec says that sizes are fixed"
+            if self.fixed
+            else "the original runs at no other that was tried"
+        )
+        return f"the verdict speaks for {self.at} only: {why}"
+
+
+def at_other_sizes(
+    sample: Sample, dynamic: Sequence[Axes], differs: Callable[[Sample], Difference | None]
+) -> Shown:
+    """What `differs` says of the sample made longer, axis by axis, the batch with the first of them.
+
+    dynamic  for each tensor of the sample the axes that may vary; shorter than there are tensors: any
+    differs  the difference where there is one beyond rounding, one without error where there is none, None
+             where the original does not run so
+    """
+    tensors = tensors_in((sample.args, dict(sample.kwargs)))
+    free = [_free(t, dynamic[i] if i < len(dynamic) else None) for i, t in enumerate(tensors)]
+    shown = Shown(sizes_of(sample), fixed=bool(tensors) and not any(free))
+    batch, others = _batch(tensors, free), list(_others(tensors, free))
+    left = _ATTEMPTS
+
+    def runs(change: Change) -> bool:
+        """Whether the original runs so; what is found goes to `shown`."""
+        nonlocal left
+        if not change or shown.wrong is not None or left <= 0:
+            return False
+        left -= 1
+        longer = _longer(sample, change)
+        found = differs(longer)
+        if found is None:
+            return False
+        name = sizes_of(longer)
+        if found.error > 0:
+            shown.wrong = name, longer, found
+        else:
+            shown.others.append(name)
+        return True
+
+    with_batch = bool(batch)
+    for choices in others:
+        for change in choices:
+            if with_batch and runs(batch | change):
+                with_batch = False
+                break
+            if not with_batch and runs(change):
+                break
+    if with_batch:  # no axis went with it: by itself, and the others without it
+        runs(batch)
+        for choices in others:
+            any(runs(change) for change in choices)
+    return shown
+
+
+def sizes_of(sample: Sample) -> str:
+    """The shapes of a sample's tensors, as on the command line: '1x3x224x224, 1x16'."""
+    shapes = [tensor.shape for tensor in tensors_in((sample.args, dict(sample.kwargs)))]
+    return ", ".join("x".join(map(str, shape)) or "a number" for shape in shapes)
+
+
+def _free(tensor: Tensor, named: Axes) -> frozenset[int]:
+    if tensor.is_nested or tensor.layout is not torch.strided or not tensor.numel():
+        return frozenset()
+    axes = range(tensor.ndim)
+    return frozenset(axis for axis in axes if named is None or axis in {a % tensor.ndim for a in named})
+
+
+def _batch(tensors: Sequence[Tensor], free: Sequence[frozenset[int]]) -> Change:
+    """The first axis of everything that has as many rows as the first input."""
+    first = next((t.shape[0] for t, axes in zip(tensors, free, strict=True) if 0 in axes), None)
+    return frozenset((i, 0) for i, t in enumerate(tensors) if 0 in free[i] and t.shape[0] == first)
+
+
+def _others(tensors: Sequence[Tensor], free: Sequence[frozenset[int]]) -> Iterator[tuple[Change, ...]]:
+    """Every other axis, once: with the axes of other inputs that are as long, and by itself."""
+    seen: set[Change] = set()
+    for i, tensor in enumerate(tensors):
+        for axis in range(1, tensor.ndim):
+            alone = frozenset([(i, axis)]) if axis in free[i] else frozenset()
+            along = (alone.union(_beside(tensors, free, i, axis))) if alone else alone
+            choices = tuple(
+                change for change in dict.fromkeys((along, alone)) if change and change not in seen
+            )
+            seen.update(choices)
+            if choices:
+                yield choices
+
+
+def _beside(
+    tensors: Sequence[Tensor], free: Sequence[frozenset[int]], number: int, axis: int
+) -> Iterator[tuple[int, int]]:
+    """The axes of other inputs that are likely to be the same: a mask beside what it masks."""
+    size, rank = tensors[number].shape[axis], tensors[number].ndim
+    for i, other in enumerate(tensors):
+        if i == number:
+            continue
+        likely = [axis] if other.ndim == rank else range(1, other.ndim)
+        yield from ((i, a) for a in likely if a in free[i] and other.shape[a] == size)
+
+
+def _longer(sample: Sample, change: Change) -> Sample:
+    """With one more slice along these axes, like the last: of its dtype, in its range, and in its order."""
+    numbers = count()
+
+    def longer(tensor: Tensor) -> Tensor:
+        number = next(numbers)
+        for i, axis in sorted(change):
+            if i == number:
+                tensor = torch.cat([tensor, tensor.narrow(axis, tensor.shape[axis] - 1, 1)], axis)
+        return tensor
+
+    return sample.mapped(longer)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
