@@ -23,14 +23,17 @@ def require_other_sizes(fold: Fold, run: Run, dynamic: Sequence[Axes] = ()) -> N
 
     Raises Refused with those that it does not show.
     """
-    groups, vocabulary = [decision.group for decision in fold.decisions], fold.source.vocabulary
+    source = fold.source
+    # A layer that is only made plain is the same at every size, and no plan of its own.
+    plain = {(path,) for path in source.bakes}
+    groups = [decision.group for decision in fold.decisions if decision.group.modules not in plain]
     refused: list[Refusal] = []
 
     def differs(sample: Sample) -> Difference | None:
         numbers = _none if run.recording.fake else run.numbers
         other = Run(run.structure, sample, numbers, run.fakes)
         try:
-            found = plan(ModuleTree(run.structure), groups, vocabulary, other)
+            found = plan(ModuleTree(run.structure), groups, source.vocabulary, other)
         except UsageError:  # it does not run so
             return None
         for no in found.refused:
