@@ -172,7 +172,9 @@ def fuse(
     read = _spec(spec, groups, discover=discover, target=target, shared=shared, qat=qat, bake=bake)
     model, ledger = _with_adapter(model, read, adapter)
     source = Source(as_checkpoint(model), lambda: duplicate(model))
-    source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
+    consent = Consent.gather(allow_code)
+    source.vocabulary = vocabulary_of(read, consent)
+    ledger = [*ledger, *consent.ledger]
     sample = Sample.of(inputs)
     asked = [
         Group(g.modules, g.where) for g in bind_groups(read, names_of(ModuleTree(model)), shared_last=True)
@@ -210,7 +212,7 @@ def fuse(
                 before,
                 refused=no.refused,
                 unfused=choice.unfused((), no.refused),
-                ledger=tuple(facts.statistics_ledger(source.checkpoint, choice.names)),
+                ledger=(*ledger, *facts.statistics_ledger(source.checkpoint, choice.names)),
             )
         if not fold.decisions:
             why = "every group is fused already" if fold.done else "no groups were given"
@@ -219,7 +221,7 @@ def fuse(
                 status="nothing to fuse",
                 exit_code=ExitCode.NOTHING,
                 unfused=choice.unfused(),
-                ledger=tuple(facts.bare_ledger(choice.bare)),
+                ledger=(*ledger, *facts.bare_ledger(choice.bare)),
                 refused=tuple(choice.dropped.values()),
                 problems=(_nothing(read, choice) or why,),
                 model=duplicate(model) if read.qat else copied(model),
