@@ -165,6 +165,8 @@ def fuse(
     qat       as fuse_modules_qat does: containers that are trained; verified in train mode too
     bake      layers whose weight is computed (weight_norm, a pruning mask) are made plain, then folded
     adapter   a LoRA adapter that is added first: its file, or {"file": ..., "scale": ...} as in a spec
+    allow_code  packages and files whose code the spec may name, besides those that the environment and the
+                project's pyproject.toml allow; a call never asks
 
     The outcome holds the same facts as the JSON report of `fusecli fuse`. A group that cannot be fused is in
     `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
