@@ -175,6 +175,8 @@ def fuse(
     adapter   a LoRA adapter that is added first: its file, or {"file": ..., "scale": ...} as in a spec
     assume_same_path  every input goes through the modules that ran, where others stand beside them to choose
               from; None: as the spec says
+    allow_code  packages and files whose code the spec may name, besides those that the environment and the
+                project's pyproject.toml allow; a call never asks
 
     The outcome holds the same facts as the JSON report of `fusecli fuse`. A group that cannot be fused is in
     `outcome.refused`, and then nothing is fused. Raises UsageError for names that do not exist.
@@ -185,7 +187,9 @@ def fuse(
         read = read.model_copy(update={"verify": verify_as})
     model, ledger = _with_adapter(model, read, adapter)
     source = Source(as_checkpoint(model), lambda: duplicate(model))
-    source.vocabulary = vocabulary_of(read, Consent.gather(allow_code))
+    consent = Consent.gather(allow_code)
+    source.vocabulary = vocabulary_of(read, consent)
+    ledger = [*ledger, *consent.ledger]
     sample = Sample.of(inputs)
     asked = [
         Group(g.modules, g.where) for g in bind_groups(read, names_of(ModuleTree(model)), shared_last=True)
@@ -223,7 +227,7 @@ def fuse(
                 before,
                 refused=no.refused,
                 unfused=choice.unfused((), no.refused),
-                ledger=tuple(facts.statistics_ledger(source.checkpoint, choice.names)),
+                ledger=(*ledger, *facts.statistics_ledger(source.checkpoint, choice.names)),
             )
         if not fold.decisions:
             why = "every group is fused already" if fold.done else "no groups were given"
@@ -232,7 +236,7 @@ def fuse(
                 status="nothing to fuse",
                 exit_code=ExitCode.NOTHING,
                 unfused=choice.unfused(),
-                ledger=tuple(facts.bare_ledger(choice.bare)),
+                ledger=(*ledger, *facts.bare_ledger(choice.bare)),
                 refused=tuple(choice.dropped.values()),
                 problems=(_nothing(read, choice) or why,),
                 model=duplicate(model) if read.qat else copied(model),

@@ -1,7 +1,8 @@
 """Whose Python code may run: nothing that a file names is imported without the user's word.
 
 The word is a package ("myproj", which covers "myproj.models") or a file ("net.py"), given by --allow-code,
-by FUSECLI_ALLOW_CODE, by `[tool.fusecli] allow-code` of the nearest pyproject.toml, or at a prompt.
+by FUSECLI_ALLOW_CODE, by `[tool.fusecli] allow-code` of the project's pyproject.toml (which a person is asked
+about where one is there), or at a prompt.
 """
 
 from __future__ import annotations
@@ -15,70 +16,86 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fusecli.blame import described_with_place
 from fusecli.errors import Problem, UnsafeError, UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # the same parser, as a package
-    import tomli as tomllib
+from fusecli.outcome import LedgerEntry
+from fusecli.project import SWITCH, Project, project_of, remember, remembered, trusted_by_environment
 
 ENVIRONMENT = "FUSECLI_ALLOW_CODE"
+_ANSWER = "the answer to a question"
 
 
 @dataclass
 class Consent:
     """What may be imported; `ask` is called once for each new package or file, None: nobody is there to ask.
 
-    words  what was allowed for this one run, by flag or answer: the same command needs them again
+    words    what was allowed for this one run, by flag or answer: the same command needs them again
+    by       who has allowed each package or file
+    project  what speaks for itself; `trust` asks a person whether to listen, None: nobody is there to ask
+    ran      the code that was needed, and by whose word it may run
     """
 
     packages: set[str] = field(default_factory=set)
     files: set[Path] = field(default_factory=set)
     ask: Callable[[str], bool] | None = None
     words: list[str] = field(default_factory=list)
+    by: dict[str | Path, str] = field(default_factory=dict)
+    project: Project | None = None
+    trust: Callable[[str], bool] | None = None
+    ran: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def gather(cls, flags: Iterable[str] = (), ask: Callable[[str], bool] | None = None) -> Consent:
-        """The flags, the environment and the project's own word, together. Paths are relative to the folder
-        the command runs in, those of pyproject.toml to its own folder."""
-        consent = cls(ask=ask, words=list(flags))
+    def gather(
+        cls,
+        flags: Iterable[str] = (),
+        ask: Callable[[str], bool] | None = None,
+        trust: Callable[[str], bool] | None = None,
+        *,
+        by: str = "allow_code",
+    ) -> Consent:
+        """The flags (said `by`), the environment and the project's own word, together. Paths are relative to
+        the folder the command runs in, those of pyproject.toml to its own folder."""
+        here = Path.cwd()
+        consent = cls(ask=ask, words=list(flags), project=project_of(here), trust=trust)
         if lost := [word for word in consent.words if _is_file(word) and not Path(word).is_file()]:
             raise UsageError(
                 *(Problem("there is no such file to allow", word, "check the path") for word in lost)
             )
-        consent._add(consent.words, Path.cwd())
-        consent._add(filter(None, re.split(f"[,{os.pathsep}]", os.environ.get(ENVIRONMENT, ""))), Path.cwd())
-        project = next((f for f in (p / "pyproject.toml" for p in _upwards(Path.cwd())) if f.is_file()), None)
-        if project is not None:
-            consent._add(_project_word(project), project.parent)
+        environment = filter(None, re.split(f"[,{os.pathsep}]", os.environ.get(ENVIRONMENT, "")))
+        consent._add(consent.words, here, by)
+        consent._add(environment, here, ENVIRONMENT)
         return consent
 
-    def _add(self, words: Iterable[str], folder: Path) -> None:
-        for word in words:
-            if _is_file(word):
-                self.files.add((folder / word).resolve())
+    def _add(self, words: Iterable[str], folder: Path, by: str) -> None:
+        for code in _code(words, folder):
+            self.by.setdefault(code, by)
+            if isinstance(code, Path):
+                self.files.add(code)
             else:
-                self.packages.add(word)
+                self.packages.add(code)
 
     def require(self, reference: str, code: str | Path) -> None:
         """Raises UnsafeError unless the package or file `code`, which `reference` needs, may be imported."""
-        if code in self.files if isinstance(code, Path) else self._covers(code):
-            return
         name = _shortest(code) if isinstance(code, Path) else code.partition(".")[0]
-        if self.ask is not None and self.ask(name):
-            self._add([name], Path.cwd())
-            self.words.append(name)
+        by = self._allowed(code)
+        if by is None:
+            by = self._by_project(code)
+        if by is None:  # and not where a person has just said no to the project that names it
+            by = self._answered(name)
+        if by:
+            self.ran.setdefault(name, by)
             return
         kind = "file" if isinstance(code, Path) else "package"
+        fix = f"if you trust that code, add --allow-code {name}"
+        if self.project is not None and self.project.void:
+            fix += f"; {self.project.name} does not count: {self.project.void}"
         raise UnsafeError(
             Problem(
-                f"it would run Python code of the {kind} {name}, which nobody has allowed",
-                reference,
-                f"if you trust that code, add --allow-code {name}",
+                f"it would run Python code of the {kind} {name}, which nobody has allowed", reference, fix
             )
         )
 
@@ -91,12 +108,12 @@ class Consent:
         where importing it fails.
         """
         needed = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
-        if needed & self.packages:
+        if [name for name in sorted(needed) if self._allows(name)]:
             _see(Path.cwd())
         path, lent = [*sys.path], {}
         try:
-            for file in sorted(self.files):
-                if file.stem in needed and file.is_file():
+            for file in self._files():
+                if file.stem in needed and file.is_file() and self._allows(file):
                     lent[file.stem] = (sys.modules.get(file.stem), _import_file(file, _shortest(file)))
             later, sys.path[:] = [*sys.path], path
             sys.modules.update({name: module for name, (_, module) in lent.items()})
@@ -109,8 +126,70 @@ class Consent:
                 elif sys.modules.get(name) is module:
                     del sys.modules[name]
 
-    def _covers(self, module: str) -> bool:
-        return any(module == package or module.startswith(f"{package}.") for package in self.packages)
+    @property
+    def ledger(self) -> tuple[LedgerEntry, ...]:
+        """The code that was needed, and by whose word it may run."""
+        return tuple(LedgerEntry("consent", name, f"allowed by {by}") for name, by in self.ran.items())
+
+    def _allowed(self, code: str | Path) -> str | None:
+        """Who has allowed the code without being asked now; None: nobody."""
+        found = _covering(code, self.files | self.packages)
+        return None if found is None else self.by.get(found, "the caller")
+
+    def _files(self) -> list[Path]:
+        project = self.project
+        named = _code(project.words, project.file.parent) if project is not None else set()
+        return sorted(self.files | {code for code in named if isinstance(code, Path)})
+
+    def _allows(self, code: str | Path) -> bool:
+        """Whether the code may run by a word that was given before; notes by whose, if so."""
+        if by := self._allowed(code) or self._by_project(code):
+            self.ran.setdefault(_shortest(code) if isinstance(code, Path) else code, by)
+        return bool(by)
+
+    def _by_project(self, code: str | Path) -> str | None:
+        """By whose word the project may allow the code; "": by nobody's. None: it does not name that code."""
+        project = self.project
+        if project is None or _covering(code, _code(project.words, project.file.parent)) is None:
+            return None
+        return self._trusted
+
+    @cached_property
+    def _trusted(self) -> str:
+        """By whose word the project counts; "" where the person who is there says no, which holds for this
+        one run. Asked when its word is first needed, and then never again."""
+        project = self.project
+        assert project is not None
+        if trusted_by_environment():
+            return f"{project.name} ({SWITCH}=1)"
+        if self.trust is None:
+            return f"{project.name} (there was nobody to ask)"
+        if remembered(project):
+            return f"{project.name} (trusted before)"
+        if not self.trust(project.question):
+            return ""
+        trouble = remember(project)
+        return f"{project.name} (trusted when asked{f'; not remembered: {trouble}' if trouble else ''})"
+
+    def _answered(self, name: str) -> str:
+        if self.ask is None or not self.ask(name):
+            return ""
+        self._add([name], Path.cwd(), _ANSWER)
+        self.words.append(name)
+        return _ANSWER
+
+
+def _code(words: Iterable[str], folder: Path) -> set[str | Path]:
+    """The packages and the files, relative to `folder`, that the words name."""
+    return {(folder / word).resolve() if _is_file(word) else word for word in words}
+
+
+def _covering(code: str | Path, allowed: Iterable[str | Path]) -> str | Path | None:
+    """What of all that is allowed covers the file or the module `code`."""
+    if isinstance(code, Path):
+        return code if code in allowed else None
+    names = (name for name in allowed if isinstance(name, str))
+    return next((name for name in names if code == name or code.startswith(f"{name}.")), None)
 
 
 def load_object(reference: str, consent: Consent, folder: Path | None = None) -> Any:
@@ -208,18 +287,3 @@ def _is_file(word: str) -> bool:
 def _shortest(path: Path) -> str:
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
-
-
-def _upwards(folder: Path) -> list[Path]:
-    return [folder, *folder.parents]
-
-
-def _project_word(project: Path) -> list[str]:
-    try:
-        table = tomllib.loads(project.read_text(encoding="utf-8")).get("tool", {}).get("fusecli", {})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise UsageError(Problem(f"cannot be read: {error}", str(project))) from error
-    words = table.get("allow-code", []) if isinstance(table, dict) else []
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UsageError(Problem("[tool.fusecli] allow-code is a list of names", str(project)))
-    return words

@@ -105,10 +105,10 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """Something that was lost or changed besides the fold itself.
+    """Something that was lost or changed besides the fold itself, or somebody's code that was allowed.
 
     kind: "hook" | "requires-grad" | "tie" | "train-mode" | "assumed" | "statistics" | "input" | "adapter"
-          | "bare-identity" | "sizes"
+          | "bare-identity" | "sizes" | "consent"
     """
 
     kind: str

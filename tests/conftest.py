@@ -18,7 +18,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fusecli.cli.app import main
-from fusecli.consent import ENVIRONMENT
+from fusecli.consent import ENVIRONMENT, SWITCH
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits"
 
@@ -42,10 +42,11 @@ Cli = Callable[..., Run]
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: Any) -> Cli:
     """Runs `fusecli WORDS` as the console script does: 80 columns, no terminal, no code allowed."""
     monkeypatch.setenv("COLUMNS", "80")
-    for name in (ENVIRONMENT, "NO_COLOR", "FORCE_COLOR"):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+    for name in (ENVIRONMENT, SWITCH, "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     # What a command appends to the path must not reach the next test, nor the modules found there.
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -14,6 +14,7 @@ LAYERS = (
     {"errors", "plain"},
     {"outcome"},
     {"contents", "picture", "plain", "blame"},
+    {"project"},
     {"spec", "algebra", "nn", "consent", "sample"},
     {"rewrite", "graph", "checkpoint", "qat"},
     {"rules", "equivalence", "report", "artifact", "int8", "interop"},
@@ -22,9 +23,8 @@ LAYERS = (
     {"api"},
     {"cli"},
 )
-TORCHLESS = {"report", "spec", "cli", "outcome", "reasons", "errors", "contents", "picture", "consent"} | {
-    "blame"
-}
+TORCHLESS = {"report", "spec", "cli", "outcome", "reasons", "errors", "contents", "picture"}
+TORCHLESS |= {"project", "consent", "blame"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 FILES = sorted(PACKAGE.rglob("*.py"))

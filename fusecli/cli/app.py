@@ -65,6 +65,9 @@ def main() -> None:
     """Runs the program; a mistake of the user ends in what, where, fix, and never in a traceback."""
     # pydantic would look through every installed package for plugins, which takes longer than reading a spec.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # Before torch reads it: threads that wait for each other sleep. Where they spin, on a machine that does
+    # something else too, a layer takes ten times as long: they keep the others from working.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     errors = Console(stderr=True)
     debug = "--debug" in sys.argv
     try:

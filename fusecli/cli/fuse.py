@@ -109,7 +109,6 @@ def fuse(
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from fusecli.consent import Consent
             from fusecli.jobs.fuse import FuseRequest, fuse_file, protected
 
             reports.spare(protected(parsed))
@@ -132,7 +131,7 @@ def fuse(
                 trusted=tuple(options.trusted(None, model)),
             )
             with dialogue(quiet) as person:
-                consent = Consent.gather(options.trusted(allow_code, model), person.asker)
+                consent = reports.consent(person, allow_code, model)
                 return fuse_file(request, consent, person.tick)
 
     finish(Failed("fuse", checkpoint, spec), reports, work)

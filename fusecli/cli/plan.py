@@ -95,7 +95,6 @@ def plan(
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from fusecli.consent import Consent
             from fusecli.jobs.fuse import protected
             from fusecli.jobs.plan import PlanRequest, plan_file
 
@@ -108,7 +107,7 @@ def plan(
             drawn = tuple(around or ()) if graph is not None else None
             request = PlanRequest(checkpoint, parsed, folder, allow_pickle, seed, drawn)
             with dialogue(quiet) as person:
-                consent = Consent.gather(options.trusted(allow_code, model), person.asker)
+                consent = reports.consent(person, allow_code, model)
                 outcome, text, picture = plan_file(request, consent, person.tick)
         if graph is not None and picture is not None:
             from fusecli.report import as_svg

@@ -101,7 +101,6 @@ def quantize(
         parsed = spec_from_options(spec, model=model, inputs=inputs or (), bake=bake, eps=eps, quantize=typed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from fusecli.consent import Consent
             from fusecli.jobs.batches import protected
             from fusecli.jobs.quantize import QuantizeRequest, quantize_file
 
@@ -119,7 +118,7 @@ def quantize(
                 trusted=tuple(options.trusted(None, model)),
             )
             with dialogue(quiet) as person:
-                consent = Consent.gather(options.trusted(allow_code, model), person.asker)
+                consent = reports.consent(person, allow_code, model)
                 return quantize_file(request, consent, person.tick)
 
     finish(Failed("quantize", checkpoint, spec), reports, work)

@@ -7,16 +7,21 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
 from fusecli.blame import model_failed
-from fusecli.cli.screen import Terminal, print_reasons, reader_may_leave
+from fusecli.cli.options import trusted
+from fusecli.cli.screen import Dialogue, Terminal, print_reasons, reader_may_leave
 from fusecli.errors import ExitCode, FusecliError, Problem, UsageError
 from fusecli.outcome import FileFacts, Outcome
+
+if TYPE_CHECKING:
+    from fusecli.consent import Consent
 
 _FORMATS = ("json", "md")
 _STDOUT = "-"
@@ -25,12 +30,14 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Reports:
-    """The reports that were asked for, as (format, path); `product` is what else the command prints."""
+    """The reports that were asked for, as (format, path); `product` is what else the command prints, and
+    `consents` what its reports say of whose code was allowed, and by whom."""
 
     wanted: tuple[tuple[str, str], ...]
     quiet: bool
     spared: list[Path] = field(default_factory=list)
     product: list[str] = field(default_factory=list)
+    consents: list[Consent] = field(default_factory=list)
 
     @classmethod
     def parse(cls, words: Sequence[str], quiet: bool, files: Sequence[Path | None]) -> Reports:
@@ -64,9 +71,17 @@ class Reports:
     def takes_stdout(self) -> bool:
         return any(path == _STDOUT for _, path in self.wanted)
 
+    def consent(self, person: Dialogue, allow_code: list[str] | None, model: str | None) -> Consent:
+        """Whose code the command may run, for which the person may be asked."""
+        from fusecli.consent import Consent  # with a parser that a slip in the spec need not wait for
+
+        words = trusted(allow_code, model)
+        self.consents.append(Consent.gather(words, person.asker, person.truster, by="the command line"))
+        return self.consents[-1]
+
     def deliver(self, outcome: Outcome) -> None:
         """Prints and writes the outcome in every rendering."""
-        self.write(outcome)
+        outcome = self.write(outcome)
         with reader_may_leave():
             sys.stdout.writelines(self.product)
         if self.quiet:
@@ -79,8 +94,11 @@ class Reports:
         with reader_may_leave():
             print_terminal(outcome, Terminal(stderr=taken))
 
-    def write(self, outcome: Outcome) -> None:
-        """Every --report; the files first, since whoever reads stdout may leave."""
+    def write(self, outcome: Outcome) -> Outcome:
+        """Every --report of the outcome, to which the code that was allowed belongs; the files first, since
+        whoever reads stdout may leave."""
+        allowed = (entry for consent in self.consents for entry in consent.ledger)
+        outcome = replace(outcome, ledger=(*outcome.ledger, *allowed))
         for fmt, path in sorted(self.wanted, key=lambda report: report[1] == _STDOUT):
             if path != _STDOUT and any(_is_same(Path(path), file) for file in self.spared):
                 continue
@@ -90,6 +108,7 @@ class Reports:
                     sys.stdout.write(text)
             else:
                 _write(Path(path), text, outcome)
+        return outcome
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,30 @@ class Dialogue:
     @property
     def asker(self) -> Callable[[str], bool] | None:
         """Asks about code that nobody has allowed yet; None where nobody is there to answer."""
-        return self._ask if sys.stdin.isatty() and self.console.is_terminal else None
+        return self._ask if self._answers else None
+
+    @property
+    def truster(self) -> Callable[[str], bool] | None:
+        """Asks whether a project may allow code of its own; None where nobody is there to answer."""
+        return self._trust if self._answers else None
+
+    @property
+    def _answers(self) -> bool:
+        # The streams themselves: what colours are wanted (FORCE_COLOR) says nothing of who is there.
+        return sys.stdin is not None and sys.stdin.isatty() and self.console.file.isatty()
 
     def _ask(self, code: str) -> bool:
+        told = f"The spec names Python code of {visible(code)}. To run it is to trust it."
+        return self._said_yes(told, "Run it?")
+
+    def _trust(self, question: str) -> bool:
+        return self._said_yes("A folder may not speak for itself; a yes is remembered.", question)
+
+    def _said_yes(self, told: str, question: str) -> bool:
         if self.status is not None:
             self.status.stop()
-        self.console.print(Text(f"The spec names Python code of {visible(code)}. To run it is to trust it."))
-        self.console.print(Text("Run it? [y/N] "), end="")
+        self.console.print(Text(told))
+        self.console.print(Text(f"{question} [y/N] "), end="")
         answer = sys.stdin.readline().strip().lower() in ("y", "yes")
         if self.status is not None:
             self.status.start()

@@ -55,7 +55,6 @@ def verify(
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from fusecli.consent import Consent
             from fusecli.jobs.batches import protected
             from fusecli.jobs.verify import VerifyRequest, verify_file
 
@@ -63,7 +62,7 @@ def verify(
 
             request = VerifyRequest(checkpoint, fused, parsed, strict, allow_pickle, seed, samples)
             with dialogue(quiet) as person:
-                consent = Consent.gather(options.trusted(allow_code, model), person.asker)
+                consent = reports.consent(person, allow_code, model)
                 return verify_file(request, consent, person.tick)
 
     finish(Failed("verify", checkpoint, spec), reports, work)

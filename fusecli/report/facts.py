@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fusecli.outcome import Evidence, FileFacts, GroupReport, Judgement, Outcome, Unfused
+from fusecli.outcome import Evidence, FileFacts, GroupReport, Judgement, LedgerEntry, Outcome, Unfused
 from fusecli.report.figures import scientific
 
 # More groups than this are not read one by one: the terminal shows the ones that matter.
@@ -15,6 +15,7 @@ READABLE_GROUPS = 12
 WORST = 3
 # Above this ratio of per-channel weight ranges, int8 with one scale per tensor loses the small channels.
 INT8_HAZARD = 100.0
+_CONSENT = "consent"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,16 @@ def all_groups(outcome: Outcome) -> tuple[GroupReport, ...]:
     if outcome.groups or outcome.verification is None:
         return outcome.groups
     return outcome.verification.groups
+
+
+def lost(outcome: Outcome) -> tuple[LedgerEntry, ...]:
+    """What was lost or changed."""
+    return tuple(entry for entry in outcome.ledger if entry.kind != _CONSENT)
+
+
+def consents(outcome: Outcome) -> tuple[LedgerEntry, ...]:
+    """Whose code was allowed, and by whom."""
+    return tuple(entry for entry in outcome.ledger if entry.kind == _CONSENT)
 
 
 def notable_groups(groups: Sequence[GroupReport]) -> tuple[GroupReport, ...]:

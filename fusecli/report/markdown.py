@@ -153,7 +153,7 @@ def _checks(outcome: Outcome) -> list[str]:
 
 
 def _ledger(outcome: Outcome) -> list[str]:
-    rows = [(prose(entry.kind), code(entry.where), prose(entry.what)) for entry in outcome.ledger]
+    rows = [(prose(entry.kind), code(entry.where), prose(entry.what)) for entry in facts.lost(outcome)]
     return ["### Lost or changed", "", *table(("kind", "where", "what"), rows)] if rows else []
 
 
@@ -188,6 +188,7 @@ def _files(outcome: Outcome) -> list[str]:
         lines.append(f"- **{role}** {code(file.path)}{kind}, {size(file.bytes)}")
         lines += [f"  - sha256 {code(file.sha256)}"] if file.sha256 else []
         lines += [f"  - {prose(notice)}" for notice in file.notices]
+    lines += [f"- **code** {code(entry.where)}, {prose(entry.what)}" for entry in facts.consents(outcome)]
     return ["### Files", "", *lines, ""] if lines else []
 
 

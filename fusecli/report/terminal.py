@@ -48,6 +48,8 @@ def _files(page: Page, outcome: Outcome) -> None:
             page.hanging("sha256", file.sha256, style="dim")
         for notice in file.notices:
             page.hanging("", notice)
+    for entry in facts.consents(outcome):
+        page.hanging("code", f"{entry.where}, {entry.what}")
     if outcome.environment:
         versions = (f"{name} {value}" for name, value in sorted(outcome.environment.items()))
         page.hanging("with", ", ".join(versions))
@@ -85,9 +87,9 @@ def _unfused(page: Page, outcome: Outcome) -> None:
 
 
 def _ledger(page: Page, outcome: Outcome) -> None:
-    if outcome.ledger:
+    if facts.lost(outcome):
         page.title("Lost or changed")
-    for entry in outcome.ledger:
+    for entry in facts.lost(outcome):
         page.hanging(page.show(entry.kind), f"{entry.where}: {entry.what}", column=18)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from fusecli.checkpoint import open_checkpoint
 from fusecli.errors import ExitCode, UnsafeError, UsageError
+from tests.torchscript import scripted
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3)}
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -117,9 +118,8 @@ def test_a_plain_pickle(tmp_path):
     assert "plain pickle" in refusal(tmp_path / "m.pkl")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript(tmp_path):
-    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "m.pt")
+    scripted(nn.Linear(2, 2)).save(tmp_path / "m.pt")
     for consent in (False, True):
         message = refusal(tmp_path / "m.pt", allow_pickle=consent)
         assert "TorchScript" in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from fusecli.rewrite import ModuleTree
 from fusecli.sample import Sample
 from tests.equivalence.nets import X, bn, conv, net
 from tests.nets import FrozenBatchNorm2d, randomise
+from tests.torchscript import scripted
 
 PAIR = ("conv", "bn")
 
@@ -233,9 +235,8 @@ def test_the_bias_of_many_layers_is_tried_in_one_run(monkeypatch: pytest.MonkeyP
 
 
 def test_a_scripted_part_beside_the_group_and_around_it() -> None:
-    with pytest.warns(DeprecationWarning, match="jit"):
-        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval())
-    model = net(lambda m, x: m.tail(m.bn(m.conv(x))), conv=conv(), bn=bn(), tail=scripted)
+    tail = scripted(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval())
+    model = net(lambda m, x: m.tail(m.bn(m.conv(x))), conv=conv(), bn=bn(), tail=tail)
     run = Run(model, Sample((X,)), lambda: duplicate(model), fakes=False)
     planned = plan(ModuleTree(model), [Group(PAIR), Group(("tail.0", "tail.1"))], run=run)
     assert [decision.members for decision in planned.decisions] == [PAIR]
@@ -293,7 +294,8 @@ def sparse() -> Any:
 
 def compressed() -> Any:
     model = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
-    with pytest.warns(UserWarning, match="beta"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*beta")  # as long as torch says so
         model.eye = torch.eye(3).to_sparse_csr()
     return model
 

@@ -92,7 +92,7 @@ def test_case_29_parametrized(layer: str, how: str) -> None:
     assert ("bias" in no.value.problems[0].fix) == (how == "pruned bias")
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_case_29_old_weight_norm() -> None:
     net = nets.conv_bn()
     net.conv = nn.utils.weight_norm(net.conv)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from fusecli.graph.memory import same_memory
 from fusecli.graph.sites import layer_sites, strangers
 from tests import nets
 from tests.graph.conftest import both, folds, left, readers, recorded
+from tests.torchscript import scripted
 
 X = nets.images(2, 3, 5, 5)
 NORM = "aten.native_batch_norm in bn"
@@ -465,23 +465,19 @@ def _swish(y: Tensor) -> Tensor:
     return torch.sigmoid(y) * y
 
 
-@pytest.fixture
-def scripted() -> Callable[[Tensor], Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and in use all the same
-        return torch.jit.script(_swish)
-
-
-def test_a_scripted_function_reads(scripted: Callable[[Tensor], Tensor]) -> None:
-    net = nets.randomise(Watched(lambda net, y: scripted(y)), 0)
+def test_a_scripted_function_reads() -> None:
+    swish = scripted(_swish)
+    net = nets.randomise(Watched(lambda net, y: swish(y)), 0)
     assert len(readers(recorded(net, X), "conv")) > 1
     assert left(net, X) == {"bn": "multiple-consumers"}
 
 
-def test_a_scripted_function_behind_the_norm_does_not_matter(scripted: Callable[[Tensor], Tensor]) -> None:
+def test_a_scripted_function_behind_the_norm_does_not_matter() -> None:
+    swish = scripted(_swish)
+
     class Swish(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return scripted(x)
+            return swish(x)
 
     net = nets.chain(conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), act=Swish())
     assert folds(net, X) == [("conv", "bn")]

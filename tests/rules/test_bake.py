@@ -20,7 +20,7 @@ from fusecli.rewrite import KeyMap, ModuleTree, Plain, Rewrite, apply_rewrite
 from tests import nets
 from tests.conftest import Cli
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm")
 
 Layer = nn.Module
 
