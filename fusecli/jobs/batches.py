@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +162,42 @@ def scores(model: Callable[..., Any], sample: Sample) -> Any:
 
 
 def random_ledger(given: Batches) -> list[LedgerEntry]:
-    """Random inputs calibrate nothing, and compare little."""
+    """Random inputs calibrate nothing."""
     if not given.random:
         return []
     what = "random numbers calibrate nothing: the ranges are those of noise; give a file of real inputs"
     return [LedgerEntry("calibration", "quantize.calibrate", what)]
+
+
+def judged_ledger(calibrated: Batches, given: Batches) -> list[LedgerEntry]:
+    """What the comparison of float and int8 cannot show, for what it is made on."""
+    if given.random:
+        what = "float and int8 are compared on random numbers: how like they are on real inputs is not shown"
+    elif fingerprint(calibrated.samples) == fingerprint(given.samples):
+        what = (
+            f"calibrated and judged on the same data ({given.said}): how int8 does on inputs that it was not "
+            "calibrated on is not shown; give calibrate a file of its own"
+        )
+    else:
+        return []
+    return [LedgerEntry("comparison", "inputs", what)]
+
+
+def undecided(calibrated: Batches, given: Batches) -> str:
+    """Why no threshold can decide on these, '' where one can."""
+    if calibrated.random:
+        return f"it is calibrated on {calibrated.said}, and noise says nothing of the ranges of real inputs"
+    if given.random:
+        return f"it is judged on {given.said}, and noise says nothing of how int8 does on real inputs"
+    return ""
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """sha256 of the inputs, batch by batch: their dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for tensor in _tensors(sample):
+            digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(b";")
+    return digest.hexdigest()

@@ -22,6 +22,9 @@ from fusecli.spec import Spec
 UNDECIDED = "no threshold says how like the float model it has to be"
 _ADD = "add quantize: {threshold: {cosine: 0.98}} to the spec"
 ADD_THRESHOLD = f"{_ADD}, or --threshold cosine=0.98"
+GIVE_DATA = (
+    "give a file of real inputs: quantize: {calibrate: [{file: F, key: K}]}, and another one as inputs"
+)
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,20 @@ def _accuracies(models: Models, given: Batches) -> dict[str, float]:
     }
 
 
-def judged(outcome: Outcome, found: Quantization, missed: Sequence[str]) -> Outcome:
-    """The outcome with the numbers; a threshold decides, and without one nothing is decided."""
+def judged(outcome: Outcome, found: Quantization, missed: Sequence[str], undecided: str = "") -> Outcome:
+    """The outcome with the numbers; a threshold decides, and without one nothing is decided.
+
+    undecided: why no threshold can decide, '' where one can.
+    """
+    if undecided:
+        return replace(
+            outcome,
+            quantization=found,
+            status="inconclusive",
+            exit_code=ExitCode.INCONCLUSIVE,
+            problems=(*outcome.problems, undecided, *missed),
+            next_step=GIVE_DATA,
+        )
     if not found.asked:
         return replace(
             outcome,

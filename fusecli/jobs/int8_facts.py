@@ -72,6 +72,7 @@ def _soundness(said: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     for name in ("equalize", "correct_bias"):
         yield name, isinstance(said.get(name), bool)
     yield "input_sha256", isinstance(said.get("input_sha256"), str)
+    yield "calibration_sha256", isinstance(said.get("calibration_sha256", ""), str)
     yield "ops", _texts(said.get("ops"))
     inner = said.get("int8")
     yield "int8", isinstance(inner, dict)
