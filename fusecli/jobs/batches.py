@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusecli.errors import Problem, UsageError
+from fusecli.int8.comparison import by_rows, single
 from fusecli.int8.torchao import quiet
 from fusecli.jobs.fuse import protected as read_by_fuse
 from fusecli.jobs.inputs import entries_of, read_tensor, samples_of
@@ -155,6 +156,18 @@ def require_scores(model: Callable[..., Any], given: Batches) -> None:
     if low < 0 or high >= classes:
         what = f"the labels go from {low} to {high}, and the model has {classes} classes"
         raise UsageError(Problem(what, given.where, f"give labels from 0 to {classes - 1}"))
+
+
+def require_measure(model: Callable[..., Any], given: Batches, spec: Spec) -> None:
+    """Raises UsageError where a cosine is asked for, and a row of an output is one number."""
+    if spec.quantize.threshold.cosine is None:
+        return
+    sample = given.samples[0]
+    leaves = (leaf for leaf in outputs(model, sample) if leaf.is_floating_point() and leaf.numel())
+    if any(single(by_rows(leaf, sample)) for leaf in leaves):
+        what = "an output has one number for each sample, and the cosine of one number is its sign"
+        where = spec.where(("quantize", "threshold", "cosine"))
+        raise UsageError(Problem(what, where, "ask for sqnr instead: {sqnr: 20}"))
 
 
 def scores(model: Callable[..., Any], sample: Sample) -> Any:

@@ -83,6 +83,7 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
     for some in (samples, given):
         batches.require_running(floats.original, some)
     batches.require_scores(floats.original, given)
+    batches.require_measure(floats.original, given, spec)
     tick("exporting the model")
     planned, moved, error = prepared(floats, spec, samples.samples[0])
     for some in (samples, given):

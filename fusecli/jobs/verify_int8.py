@@ -67,6 +67,7 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
     for some in (samples, given):
         batches.require_running(floats.original, some)
     batches.require_scores(floats.original, given)
+    batches.require_measure(floats.original, given, spec)
     planned, moved, inexact = prepared(floats, spec, samples.samples[0])
     for some in (samples, given):
         batches.require_running(planned.exported.module, some)

@@ -86,6 +86,24 @@ class Pooled(nn.Module):
     def forward(self, x):
         return nn.functional.max_pool2d(self.conv(x), 2).mean((2, 3))
 
+class Joined(nn.Module):
+    '''A head of eight, the last four a thousand times smaller; they share the scale of the output.'''
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return torch.cat([1000 * self.a(x), self.b(x)], 1)
+
+class One(Plain):
+    def forward(self, x):
+        return super().forward(x)[:, 0].exp()
+
+class OneRow(One):
+    def forward(self, x):
+        return super().forward(x)[:, None]
+
 class Several(nn.Module):
     def __init__(self):
         super().__init__()
@@ -391,6 +409,41 @@ def test_an_unknown_threshold_is_named(small: Small, cli: Cli) -> None:
     assert (done.code, "did you mean 'observer'?" in done.err) == (2, True)
 
 
+@pytest.mark.parametrize("threshold", [{"cosine": 0.98}, {"sqnr": 30}])
+def test_a_large_channel_hides_no_small_one(small: Small, cli: Cli, threshold: dict[str, float]) -> None:
+    small("Joined", threshold=threshold)
+    done = quantized(cli, "--report", "json=-")
+    found = done.report["quantization"]
+    assert (done.code, found["cosine"] > 0.999, found["sqnr"] > 30) == (1, True, True)
+    assert found["channel_sqnr"]["value"] < 10
+    assert found["constant"] == [f"channel {n} of 8" for n in range(4, 8)]
+    assert any("one number in int8, though it varies in float" in line for line in done.report["problems"])
+    assert nothing_at("o.safetensors")
+    assert "channel 4 of 8" in said(quantized(cli))
+    small("Joined", threshold={**threshold, "whole": True})
+    done = quantized(cli)
+    assert (done.code, "asked of the output as a whole" in said(done)) == (0, True)
+    assert "one number in int8, not in float: channel 4 of 8" in said(done)
+
+
+@pytest.mark.parametrize("cls", ["One", "OneRow"])
+def test_the_cosine_of_one_number_is_no_measure(small: Small, cli: Cli, cls: str) -> None:
+    small(cls)
+    for words in ([], ["--dry-run"]):
+        done = quantized(cli, *words)
+        assert done.code == 2
+        assert "quantize.yaml:1:" in done.err  # the line, if there were more than one
+        assert "the cosine of one number is its sign" in done.err
+        assert "ask for sqnr instead: {sqnr: 20}" in done.err
+    assert nothing_at("o.safetensors")
+    done = quantized(cli, "--threshold", "sqnr=10", "--report", "json=-")
+    found = done.report["quantization"]
+    assert (done.code, found["cosine"], found["worst_cosine"]) == (0, None, None)
+    done = verified(cli, "o.safetensors")
+    assert (done.code, "ask for sqnr instead" in done.err) == (2, True)
+    assert verified(cli, "o.safetensors", "--threshold", "sqnr=10").code == 0
+
+
 def test_a_drop_of_accuracy_needs_labels(small: Small, cli: Cli) -> None:
     small(threshold={"accuracy_drop": 1})
     for words in ([], ["--dry-run"]):
@@ -630,7 +683,8 @@ def test_what_was_folded_before(folder: Path, cli: Cli) -> None:
 def test_learned_scales_are_those_of_the_file(folder: Path, cli: Cli, layout: str) -> None:
     state = torch_ao_qat.MAKERS[layout]().state
     torch.save({"model_state_dict": state}, "model.pt")
-    spec_with({"threshold": {"cosine": 0.5}})
+    # Trained for a few steps on noise, its classes hardly differ from image to image, and not at all in int8.
+    spec_with({"threshold": {"cosine": 0.5, "whole": True}})
     assert quantized(cli, "--observer", "histogram").code == 0
     stored = load_file("o.safetensors")
     learned = {key.split(".weight_fake_quant.")[0]: key for key in state if key.endswith("fake_quant.scale")}
