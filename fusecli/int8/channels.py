@@ -46,7 +46,8 @@ class Channels:
         assert self.sums is not None
         assert self.ends is not None
         signal, (high, low, _, _) = self.sums[0], self.ends
-        return (high + low > share * high.maximum(low)) & (signal > NOTHING**2 * signal.max())
+        moving: Tensor = high + low > share * high.maximum(low)
+        return moving & (signal > NOTHING**2 * signal.max())
 
     @property
     def varies(self) -> Tensor:

@@ -153,8 +153,8 @@ def _number(mine: Node, index: int, value: Any) -> bool:
     """Whether a scale or zero point is one at all: of the same type, a zero point among the integers."""
     if type(value) is not type(mine.args[index]):
         return False
-    low, high = mine.args[_LOW], mine.args[_HIGH]
-    return index == _SCALE or low <= value <= high  # type: ignore[operator]  # integers of the fresh program
+    numbers: tuple[Any, ...] = mine.args
+    return index == _SCALE or bool(numbers[_LOW] <= value <= numbers[_HIGH])
 
 
 def _equal(one: Any, other: Any, same: Mapping[Node, Node]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -211,6 +212,8 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     for sample in samples:
         for tensor in _tensors(sample):
             digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            dense = tensor.detach().contiguous()
+            if dense.nbytes:
+                digest.update((ctypes.c_char * dense.nbytes).from_address(dense.data_ptr()))
         digest.update(b";")
     return digest.hexdigest()

@@ -77,7 +77,7 @@ def measured(
 
 
 def _channel(worst: Worst | None) -> ChannelReport | None:
-    return worst and ChannelReport(worst.value, worst.place)
+    return None if worst is None else ChannelReport(worst.value, worst.place)
 
 
 def _accuracies(models: Models, given: Batches) -> dict[str, float]:

@@ -137,7 +137,7 @@ def _held_against(
     again: the float model, calibrated and converted once more
     """
     corrected = spec.quantize.correct_bias
-    wrong, calibration = [], []
+    wrong, calibration = list[str](), list[str]()
     if names := misrounded(again.reference, written, again.units, corrected=corrected):
         wrong.append(f"it does not hold the float model's numbers, rounded: {', '.join(names[:3])}")
     names = otherwise_scaled(again, written)
