@@ -221,11 +221,21 @@ class EqualizedReport:
 
 
 @dataclass(frozen=True)
+class ChannelReport:
+    """A number of the channel of the output that fares worst, and which one that is."""
+
+    value: float
+    place: str
+
+
+@dataclass(frozen=True)
 class Quantization:
     """What became int8, and how like the float model it is.
 
     units         the worst first
     sqnr ... top1 of the whole model's output, float against int8 (int8.comparison)
+    channel_sqnr, channel_cosine  of the channel of the output that fares worst
+    constant      channels of the output that are one number in int8, and not in float
     accuracy      share of right labels of the float, the fused and the int8 model; empty without labels
     bytes         sizes of the float, the fused and the int8 model, as they are stored
     latency       seconds per call of each, on this machine, measured side by side
@@ -243,6 +253,9 @@ class Quantization:
     cosine: float | None = None
     worst_cosine: float | None = None
     top1: float | None = None
+    channel_sqnr: ChannelReport | None = None
+    channel_cosine: ChannelReport | None = None
+    constant: tuple[str, ...] = ()
     accuracy: Mapping[str, float] = field(default_factory=dict)
     bytes: Mapping[str, int] = field(default_factory=dict)
     latency: Mapping[str, float] = field(default_factory=dict)

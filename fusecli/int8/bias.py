@@ -2,25 +2,28 @@
 
 With E[y] the mean of an output channel over the calibration inputs, b + E[y float] - E[y int8] has no such
 error left. Source: Nagel et al. 2019, arXiv:1906.04721, section 4.2 and appendix D, the empirical form.
+The mean is that of all samples together: how they are split into batches changes nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from fusecli.int8.flow import tensor_of
+from fusecli.int8.ops import op_name
 from fusecli.int8.torchao import quiet
 from fusecli.int8.units import QuantUnit
-from fusecli.int8.watching import Watch, run
+from fusecli.int8.watching import Watch, flat_inputs, run
 from fusecli.sample import Sample
 
 # Another machine rounds a few activations the other way: of a shift, and of the largest bias.
 _ROOM, _CLOSE = 0.05, 1e-6
+# Bytes of values between two layers; batches for which there is no room left run again from their inputs on.
+_KEPT = 1 << 30
 
 
 @torch.no_grad()
@@ -33,24 +36,27 @@ def correct_biases(
 ) -> int:
     """Corrects the biases of `converted` in place, layer after layer, and returns how many.
 
-    A layer sees what the corrected layers before it give. Each batch is run once through both graphs; what
-    remains of it are means. Layers without a bias, or whose bias is read elsewhere too, stay as they are.
+    A layer sees what the corrected layers before it give. Layers without a bias, or whose bias is read
+    elsewhere too, stay as they are.
     """
     biases = _biases(converted, units)
-    shifts: dict[str, list[Tensor]] = {name: [] for name in biases}
+    layers = [node for node in converted.graph.nodes if node.name in biases]
+    wanted = {layer.name: _Mean(_channel_axis(converted, layer)) for layer in layers}
     for number, batch in enumerate(batches, 1):
         tick(f"correcting biases, batch {number} of {len(batches)}")
-        means: dict[str, Tensor] = {}
-
-        def keep(name: str, value: Tensor, means: dict[str, Tensor] = means) -> None:
-            means[name] = _mean(value)
-
-        run(Watch(reference, biases, keep), batch)
-        run(_Correcting(converted, means, shifts), batch)
-    for name, target in biases.items():
-        bias = tensor_of(converted, target)
-        bias.copy_((bias.double() + torch.stack(shifts[name]).mean(0)).to(bias.dtype))
-    return len(biases)
+        run(Watch(reference, wanted, lambda name, value: wanted[name].add(value)), batch)
+    runs = [_Paused(converted, batch) for batch in batches]
+    for number, layer in enumerate(layers, 1):
+        tick(f"correcting biases, layer {number} of {len(layers)}")
+        found, kept = _Mean(wanted[layer.name].axis), 0
+        for paused in runs:
+            found.add(paused.value(layer))
+            kept += paused.bytes
+            if kept > _KEPT:
+                paused.restart()
+        bias = tensor_of(converted, biases[layer.name])
+        bias.copy_((bias.double() + wanted[layer.name].value - found.value).to(bias.dtype))
+    return len(layers)
 
 
 def miscorrected(
@@ -90,24 +96,61 @@ def _biases(converted: fx.GraphModule, units: Sequence[QuantUnit]) -> dict[str, 
     return {name: target for name, target in found.items() if targets.count(target) == 1}
 
 
-class _Correcting(fx.Interpreter):
-    """Runs the graph with the mean of each layer's output moved to where it is in the float graph."""
+def _channel_axis(converted: fx.GraphModule, layer: fx.Node) -> int:
+    """Where a layer's output has its channels, from the end: [n, *, c] of a linear one, else [n, c, *k]."""
+    weight = layer.args[1]
+    while isinstance(weight, fx.Node) and weight.op != "get_attr":
+        weight = weight.args[0]  # dequantized
+    assert isinstance(weight, fx.Node)
+    spatial = 0 if op_name(layer) == "aten.linear" else tensor_of(converted, str(weight.target)).ndim - 2
+    return -1 - spatial
 
-    def __init__(
-        self, graph: fx.GraphModule, means: Mapping[str, Tensor], shifts: Mapping[str, list[Tensor]]
-    ) -> None:
+
+class _Mean:
+    """The mean of each channel over all values that were added, whatever batch they came in."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis, self.count, self.total = axis, 0, torch.zeros((), dtype=torch.float64)
+
+    def add(self, value: Tensor) -> None:
+        rows = value.double().movedim(self.axis, -1).flatten(0, -2)
+        self.total = self.total + rows.sum(0)
+        self.count += len(rows)
+
+    @property
+    def value(self) -> Tensor:
+        return self.total / self.count
+
+
+class _Paused(fx.Interpreter):
+    """A run of a graph that stops in front of one node after the other: those before it see every change of a
+    tensor that was made in front of them."""
+
+    def __init__(self, graph: fx.GraphModule, sample: Sample) -> None:
         super().__init__(graph)
-        self.means, self.shifts = means, shifts
+        self.graph_module, self.sample = graph, sample
+        self.nodes = list(graph.graph.nodes)
+        self.restart()
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name not in self.means:
-            return value
-        shift = self.means[n.name] - _mean(value)
-        self.shifts[n.name].append(shift)
-        return value + shift.to(value.dtype).view([-1, *[1] * (value.ndim - 2)] if value.ndim > 2 else [-1])
+    def restart(self) -> None:
+        """Forgets what has run; the next value is computed from the inputs on."""
+        self.next, self.env = 0, {}
 
+    def value(self, node: fx.Node) -> Tensor:
+        """What the node gives now; it is not taken for run, so that it may be asked again."""
+        if self.next == 0:
+            self.args_iter = iter(flat_inputs(self.graph_module, self.sample.copy()))
+        while self.nodes[self.next] is not node:
+            done = self.nodes[self.next]
+            self.env[done] = self.run_node(done)
+            for unread in self.user_to_last_uses.get(done, ()):
+                del self.env[unread]
+            self.next += 1
+        value: Tensor = self.run_node(node)
+        return value
 
-def _mean(value: Tensor) -> Tensor:
-    """Of each output channel: axis 1 of a convolution's [n, c, *k], the last of a linear layer's [n, c]."""
-    return value.double().mean([axis for axis in range(value.ndim) if axis != 1])
+    @property
+    def bytes(self) -> int:
+        """How much memory the values take that are kept for the nodes to come."""
+        values = (value for node, value in self.env.items() if node.op != "get_attr")
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))

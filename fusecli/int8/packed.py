@@ -85,8 +85,13 @@ def unpacked(
         put(integers, taken(tensors, name), name)
     for target in float_names(converted):
         put(tensor_of(converted, target), taken(tensors, target), target)
-    if strange := sorted(tensors.keys() - packed(quantized)[0].keys() - _zero_points(quantized)):
+    again = packed(quantized)[0]
+    if strange := sorted(tensors.keys() - again.keys() - _zero_points(quantized)):
         raise UsageError(Problem("nothing of the model is called so", strange[0], DIFFERENT))
+    for name in sorted(tensors.keys() & again.keys()):
+        if not bool((tensors[name] == again[name]).all()):
+            what = "it is another number than that of the values it shares its scale with"
+            raise UsageError(Problem(what, name, DIFFERENT))
     return converted
 
 
@@ -124,7 +129,9 @@ def float_names(module: GraphModule) -> list[str]:
     return [
         str(node.target)
         for node in module.graph.nodes
-        if node.op == "get_attr" and not any("dequantize" in op_name(reader) for reader in node.users)
+        if node.op == "get_attr"
+        and node.users
+        and not any("dequantize" in op_name(reader) for reader in node.users)
     ]
 
 

@@ -17,6 +17,7 @@ from fusecli.int8.torchao import flow
 from fusecli.int8.units import Options, QuantUnit
 
 ANNOTATION = "quantization_annotation"  # torchao's key in a node's meta
+WEIGHT_RANGE = -127, 127
 
 
 def quantizer(units: Sequence[QuantUnit], options: Options) -> Any:
@@ -77,8 +78,8 @@ def weights(options: Options, axis: int) -> Any:
     torchao, each = flow(), options.weights == "per-channel"
     return torchao.Spec(
         dtype=torch.int8,
-        quant_min=-127,
-        quant_max=127,
+        quant_min=WEIGHT_RANGE[0],
+        quant_max=WEIGHT_RANGE[1],
         qscheme=torch.per_channel_symmetric if each else torch.per_tensor_symmetric,
         ch_axis=axis if each else None,
         observer_or_fake_quant_ctr=torchao.PerChannelMinMax if each else torchao.MinMax,

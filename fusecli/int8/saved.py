@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from fusecli.errors import Problem, UnsafeError, UsageError
@@ -73,17 +74,42 @@ def load(path: Path, names: Sequence[str] = ()) -> GraphModule:
     names: those of the `calls` of the graph that was saved, which torch does not keep. Raises UnsafeError
     where torch cannot load the file, UsageError where these are not its names.
     """
+    return module_of(read(path), names, str(path))
+
+
+def read(path: Path) -> ExportedProgram:
+    """The program in a .pt2 file; raises UnsafeError where torch cannot load it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnsafeError(Problem(f"cannot be read: {error.strerror}", str(path))) from None
+    return program_in(data, str(path))
+
+
+def program_in(data: bytes, where: str = "") -> ExportedProgram:
+    """The program in the bytes of a .pt2 file; raises UnsafeError where torch cannot load it."""
     register_ops()
     try:
         with quiet():
-            module = torch.export.load(io.BytesIO(path.read_bytes())).module()
-    except OSError as error:
-        raise UnsafeError(Problem(f"cannot be read: {error.strerror}", str(path))) from None
-    except (RuntimeError, AssertionError, LookupError, zipfile.BadZipFile) as error:
-        what = "this is no .pt2 file that torch can load: " + str(error).partition("\n")[0]
-        raise UnsafeError(Problem(what, str(path))) from None
+            return torch.export.load(io.BytesIO(data))
+    except Exception as error:  # whatever torch raises for what somebody has put into a file
+        raise _unreadable(error, where) from None
+
+
+def module_of(exported: ExportedProgram, names: Sequence[str] = (), where: str = "") -> GraphModule:
+    """The program as a module that is called like the model; names and errors are those of `load`."""
+    try:
+        with quiet():
+            module = exported.module()
+    except Exception as error:  # its graph may name what it does not have
+        raise _unreadable(error, where) from None
     assert isinstance(module, GraphModule)
-    return renamed(module, names, str(path)) if names else module
+    return renamed(module, names, where) if names else module
+
+
+def _unreadable(error: Exception, where: str) -> UnsafeError:
+    said = str(error).partition("\n")[0] or type(error).__name__
+    return UnsafeError(Problem(f"this is no .pt2 file that torch can load: {said}", where))
 
 
 def renamed(module: GraphModule, names: Sequence[str], where: str) -> GraphModule:

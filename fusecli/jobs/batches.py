@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from fusecli.artifact import artifact_at
 from fusecli.blame import forward_failed
 from fusecli.checkpoint import open_checkpoint
 from fusecli.errors import FusecliError, Problem, UsageError
+from fusecli.int8.comparison import by_rows, single
 from fusecli.int8.torchao import quiet
 from fusecli.jobs.fuse import protected as read_by_fuse
 from fusecli.jobs.inputs import as_computed, read_tensor, samples_of
@@ -172,13 +175,61 @@ def require_scores(model: Callable[..., Any], given: Batches) -> None:
         raise UsageError(Problem(what, given.where, f"give labels from 0 to {classes - 1}"))
 
 
+def require_measure(model: Callable[..., Any], given: Batches, spec: Spec) -> None:
+    """Raises UsageError where a cosine is asked for, and a row of an output is one number."""
+    if spec.quantize.threshold.cosine is None:
+        return
+    sample = given.samples[0]
+    leaves = (leaf for leaf in outputs(model, sample) if leaf.is_floating_point() and leaf.numel())
+    if any(single(by_rows(leaf, sample)) for leaf in leaves):
+        what = "an output has one number for each sample, and the cosine of one number is its sign"
+        where = spec.where(("quantize", "threshold", "cosine"))
+        raise UsageError(Problem(what, where, "ask for sqnr instead: {sqnr: 20}"))
+
+
 def scores(model: Callable[..., Any], sample: Sample) -> Any:
     return next((leaf for leaf in outputs(model, sample) if leaf.is_floating_point()), None)
 
 
 def random_ledger(given: Batches) -> list[LedgerEntry]:
-    """Random inputs calibrate nothing, and compare little."""
+    """Random inputs calibrate nothing."""
     if not given.random:
         return []
     what = "random numbers calibrate nothing: the ranges are those of noise; give a file of real inputs"
     return [LedgerEntry("calibration", "quantize.calibrate", what)]
+
+
+def judged_ledger(calibrated: Batches, given: Batches) -> list[LedgerEntry]:
+    """What the comparison of float and int8 cannot show, for what it is made on."""
+    if given.random:
+        what = "float and int8 are compared on random numbers: how like they are on real inputs is not shown"
+    elif fingerprint(calibrated.samples) == fingerprint(given.samples):
+        what = (
+            f"calibrated and judged on the same data ({given.said}): how int8 does on inputs that it was not "
+            "calibrated on is not shown; give calibrate a file of its own"
+        )
+    else:
+        return []
+    return [LedgerEntry("comparison", "inputs", what)]
+
+
+def undecided(calibrated: Batches, given: Batches) -> str:
+    """Why no threshold can decide on these, '' where one can."""
+    if calibrated.random:
+        return f"it is calibrated on {calibrated.said}, and noise says nothing of the ranges of real inputs"
+    if given.random:
+        return f"it is judged on {given.said}, and noise says nothing of how int8 does on real inputs"
+    return ""
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """sha256 of the inputs, batch by batch: their dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for tensor in _tensors(sample):
+            digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+            dense = tensor.detach().contiguous()
+            if dense.nbytes:
+                digest.update((ctypes.c_char * dense.nbytes).from_address(dense.data_ptr()))
+        digest.update(b";")
+    return digest.hexdigest()

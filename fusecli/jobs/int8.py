@@ -10,18 +10,22 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fusecli.errors import ExitCode
-from fusecli.int8.comparison import compare
+from fusecli.int8.comparison import Worst, compare
 from fusecli.int8.latency import latency
 from fusecli.int8.numbers import accuracy
 from fusecli.int8.threshold import Threshold, shortfalls
 from fusecli.int8.units import LeftFloat, QuantUnit
 from fusecli.jobs.batches import Batches, scores
-from fusecli.outcome import FloatReport, Outcome, Quantization, UnitReport
+from fusecli.outcome import ChannelReport, FloatReport, Outcome, Quantization, UnitReport
 from fusecli.spec import Spec
 
 UNDECIDED = "no threshold says how like the float model it has to be"
 _ADD = "add quantize: {threshold: {cosine: 0.98}} to the spec"
+WHOLE = "the thresholds are asked of the output as a whole, and not of its channels"
 ADD_THRESHOLD = f"{_ADD}, or --threshold cosine=0.98"
+GIVE_DATA = (
+    "give a file of real inputs: quantize: {calibrate: [{file: F, key: K}]}, and another one as inputs"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def measured(
         {"float": models.original, "fused": models.fused, "int8": models.int8}, given.samples[0], seconds=0.5
     )
     threshold = Threshold(**spec.quantize.threshold.model_dump())
-    asked = {name: value for name, value in spec.quantize.threshold.model_dump().items() if value is not None}
+    lines = spec.quantize.threshold.model_dump(exclude={"whole"}, exclude_none=True)
+    notes = (*known.notes, WHOLE) if threshold.whole and found.channel_sqnr is not None else known.notes
     filled = replace(
         known,
         units=tuple(reports),
@@ -60,11 +65,19 @@ def measured(
         cosine=found.cosine,
         worst_cosine=found.worst_cosine,
         top1=found.top1,
+        channel_sqnr=_channel(found.channel_sqnr),
+        channel_cosine=_channel(found.channel_cosine),
+        constant=found.constant,
         accuracy=shares,
         latency=seconds,
-        asked=asked,
+        asked=lines,
+        notes=notes,
     )
     return filled, shortfalls(threshold, found, pair)
+
+
+def _channel(worst: Worst | None) -> ChannelReport | None:
+    return None if worst is None else ChannelReport(worst.value, worst.place)
 
 
 def _accuracies(models: Models, given: Batches) -> dict[str, float]:
@@ -76,8 +89,20 @@ def _accuracies(models: Models, given: Batches) -> dict[str, float]:
     }
 
 
-def judged(outcome: Outcome, found: Quantization, missed: Sequence[str]) -> Outcome:
-    """The outcome with the numbers; a threshold decides, and without one nothing is decided."""
+def judged(outcome: Outcome, found: Quantization, missed: Sequence[str], undecided: str = "") -> Outcome:
+    """The outcome with the numbers; a threshold decides, and without one nothing is decided.
+
+    undecided: why no threshold can decide, '' where one can.
+    """
+    if undecided:
+        return replace(
+            outcome,
+            quantization=found,
+            status="inconclusive",
+            exit_code=ExitCode.INCONCLUSIVE,
+            problems=(*outcome.problems, undecided, *missed),
+            next_step=GIVE_DATA,
+        )
     if not found.asked:
         return replace(
             outcome,

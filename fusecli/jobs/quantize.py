@@ -84,6 +84,7 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
     for some in (samples, given):
         batches.require_running(floats.original, some)
     batches.require_scores(floats.original, given)
+    batches.require_measure(floats.original, given, spec)
     tick("exporting the model")
     planned, moved, error = prepared(floats, spec, samples.samples[0])
     for some in (samples, given):
@@ -97,11 +98,14 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
         bytes=floats.bytes,
         notes=planned.notes,
     )
-    ledger = (*told, *floats.outcome.ledger, *batches.random_ledger(samples))
-    outcome = replace(floats.outcome, ledger=ledger)
+    remarks = (*batches.random_ledger(samples), *batches.judged_ledger(samples, given))
+    outcome = replace(floats.outcome, ledger=(*told, *floats.outcome.ledger, *remarks))
+    undecided = batches.undecided(samples, given)
     if request.dry_run:
         step = f"without --dry-run this calibrates on {samples.said} and writes {target}"
-        if not spec.quantize.threshold.asks:
+        if undecided:
+            step = f"without --dry-run this writes nothing: {undecided}; {int8.GIVE_DATA}"
+        elif not spec.quantize.threshold.asks:
             step = f"without --dry-run this writes nothing: {int8.UNDECIDED}; {int8.ADD_THRESHOLD}"
         return replace(outcome, status="planned", quantization=known, next_step=step)
     quantized = calibrated(planned, samples.samples, choices_of(spec), known=floats.learned, tick=tick)
@@ -110,13 +114,13 @@ def quantize_file(request: QuantizeRequest, consent: Consent, tick: Tick = lambd
     known = replace(known, notes=quantized.notes)
     with staged(target, request.force, request.checkpoint, protected(spec)) as stage:
         tick("writing")
-        _write(stage.path, fmt, quantized, _facts(request, quantized, floats, spec))
+        _write(stage.path, fmt, quantized, _facts(request, quantized, floats, samples))
         known = replace(known, bytes={**known.bytes, "int8": stage.path.stat().st_size})
         tick("comparing with the float model")
         written = read_back(stage.path, fmt, quantized, floats, samples.samples[0])
         models = int8.Models(floats.original, floats.fused, quantized.reference, written)
         found, missed = int8.measured(models, quantized.units, spec, given, known)
-        outcome = int8.judged(replace(outcome, status="quantized"), found, missed)
+        outcome = int8.judged(replace(outcome, status="quantized"), found, missed, undecided)
         if outcome.exit_code is not ExitCode.OK:
             return outcome
         outcome = replace(outcome, output=_output(stage.path, target, fmt))
@@ -173,19 +177,27 @@ def shown_options(spec: Spec) -> dict[str, str]:
     }
 
 
-def _facts(request: QuantizeRequest, quantized: Quantized, floats: Floats, spec: Spec) -> dict[str, Any]:
+def _facts(
+    request: QuantizeRequest, quantized: Quantized, floats: Floats, samples: batches.Batches
+) -> dict[str, Any]:
     """What the file says of itself; no time, no path: the same work gives the same bytes."""
-    source = floats.outcome.input
+    source, spec = floats.outcome.input, request.spec
     return {
         "version": int8_facts.VERSION,
         "mode": "int8",
         "input_sha256": source.sha256 if source else "",
+        "calibration_sha256": batches.fingerprint(samples.samples),
         "versions": facts.versions(),
         "equalize": spec.quantize.equalize,
         "correct_bias": spec.quantize.correct_bias,
-        "ops": [node.name for node in quantized.model.graph.nodes if node.op == "call_function"],
+        "ops": op_names(quantized),
         "int8": record_of(quantized),
     }
+
+
+def op_names(quantized: Quantized) -> list[str]:
+    """The names of the ops of the converted graph, in order: a .pt2 file does not keep them."""
+    return [node.name for node in quantized.model.graph.nodes if node.op == "call_function"]
 
 
 def _write(path: Path, fmt: str, quantized: Quantized, said: Mapping[str, Any]) -> None:
@@ -204,8 +216,7 @@ def read_back(path: Path, fmt: str, quantized: Quantized, floats: Floats, sample
     Raises UsageError where it does not.
     """
     if fmt == "pt2":
-        names = [node.name for node in quantized.model.graph.nodes if node.op == "call_function"]
-        written = load(path, names)
+        written = load(path, op_names(quantized))
     else:
         said = int8_facts.facts_of(path)
         assert said is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ from fusecli.checkpoint import open_checkpoint
 from fusecli.consent import Consent
 from fusecli.errors import ExitCode, Problem, UnsafeError, UsageError
 from fusecli.int8.bias import miscorrected
+from fusecli.int8.packed import described as record
 from fusecli.int8.packed import unpacked
-from fusecli.int8.quantize import Plan, calibrated
-from fusecli.int8.rounded import misrounded, other_ops, otherwise_scaled
-from fusecli.int8.saved import load
+from fusecli.int8.programs import unlike
+from fusecli.int8.quantize import Plan, Quantized, calibrated
+from fusecli.int8.rounded import misrounded, otherwise_scaled
+from fusecli.int8.saved import archive, module_of, program_in, read
 from fusecli.jobs import batches, facts, int8, int8_facts
+from fusecli.jobs.batches import Batches
 from fusecli.jobs.floats import Floats, Stopped, floats_of
 from fusecli.jobs.proof import Tick
-from fusecli.jobs.quantize import choices_of, described, prepared, shown_options
+from fusecli.jobs.quantize import choices_of, described, op_names, prepared, shown_options
 from fusecli.outcome import LedgerEntry, Outcome
 from fusecli.sample import Sample
 from fusecli.spec import Spec
@@ -51,9 +54,9 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
         raise UsageError(Problem(what, str(request.int8), "give --spec, or --model and --input"))
     spec, told = batches.typed(request.checkpoint, _as_made(spec, request.said), request.allow_pickle)
     seed = request.seed if request.seed is not None else spec.verify.seed
-    samples = batches.evaluation(spec, seed)
-    archive = int8_facts.is_archive(request.int8)
-    if archive and not request.allow_pickle:
+    samples, given = batches.calibration(spec, seed), batches.evaluation(spec, seed)
+    is_archive = int8_facts.is_archive(request.int8)
+    if is_archive and not request.allow_pickle:
         what = "torch.export.load runs code that a .pt2 file names"
         fix = "add --allow-pickle if you trust it, or quantize with --format safetensors"
         raise UnsafeError(Problem(what, str(request.int8), fix))
@@ -61,43 +64,48 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
         floats = floats_of(request.checkpoint, spec, consent, tick, request.allow_pickle, seed)
     except Stopped as stopped:
         return replace(stopped.outcome, command="verify")
-    batches.require_running(floats.original, samples)
-    batches.require_scores(floats.original, samples)
-    planned, moved, error = prepared(floats, spec, samples.samples[0])
-    batches.require_running(planned.exported.module, samples)
-    if [list(unit.nodes) for unit in planned.units] != [
-        unit["nodes"] for unit in request.said["int8"]["units"]
-    ]:
-        what = "its units are not those of this model: it was made with another spec, model or torch"
-        raise UsageError(Problem(what, str(request.int8), _SAME))
-    tick("loading the int8 model")
-    written = _loaded(request, archive, floats, samples.samples[0])
-    if strange := other_ops(planned.exported.module, written):
-        what = f"its ops are not those of this model: {', '.join(strange[:3])}"
-        raise UsageError(Problem(what, str(request.int8), _SAME))
+    for some in (samples, given):
+        batches.require_running(floats.original, some)
+    batches.require_scores(floats.original, given)
+    batches.require_measure(floats.original, given, spec)
+    planned, moved, inexact = prepared(floats, spec, samples.samples[0])
+    for some in (samples, given):
+        batches.require_running(planned.exported.module, some)
+    _require_same_model(request, planned)
+    again = calibrated(planned, samples.samples, choices_of(spec), known=floats.learned, tick=tick)
     known = replace(
         described(planned, floats),
         options=shown_options(spec),
         bytes={**floats.bytes, "int8": request.int8.stat().st_size},
         equalized=moved,
-        exact=error,
+        exact=inexact,
         notes=planned.notes,
     )
-    tick("comparing with the float model")
-    models = int8.Models(floats.original, floats.fused, planned.exported.module, written)
-    found, missed = int8.measured(models, planned.units, spec, samples, known)
+    remarks = (*batches.random_ledger(samples), *batches.judged_ledger(samples, given))
     outcome = replace(
         floats.outcome,
         command="verify",
         status="verified",
         exit_code=ExitCode.OK,
-        output=facts.file_facts(request.int8, "pt2" if archive else "safetensors"),
-        ledger=(*told, *floats.outcome.ledger, *batches.random_ledger(samples), *_mismatch(request, floats)),
+        output=facts.file_facts(request.int8, "pt2" if is_archive else "safetensors"),
+        ledger=(*told, *floats.outcome.ledger, *remarks, *_mismatch(request, floats)),
     )
-    outcome = int8.judged(outcome, found, missed)
-    wrong = list(_wrong(planned, written, floats, spec, seed, tick))
-    if not wrong:
-        return outcome
+    tick("loading the int8 model")
+    try:
+        written = _opened(request, again) if is_archive else _unpacked(request, floats, samples.samples[0])
+    except _Unlike as error:
+        return _different(replace(outcome, quantization=known), [str(error)])
+    tick("comparing with the float model")
+    models = int8.Models(floats.original, floats.fused, planned.exported.module, written)
+    found, missed = int8.measured(models, planned.units, spec, given, known)
+    outcome = int8.judged(outcome, found, missed, batches.undecided(samples, given))
+    wrong, claimed = _held_against(again, written, spec, samples, request.said, tick)
+    if wrong:
+        return _different(outcome, wrong)
+    return _claimed(outcome, claimed) if claimed else outcome
+
+
+def _different(outcome: Outcome, wrong: Sequence[str]) -> Outcome:
     return replace(
         outcome,
         status="different",
@@ -107,22 +115,78 @@ def verify_int8(request: Int8Request, consent: Consent, tick: Tick) -> Outcome:
     )
 
 
-def _wrong(
-    planned: Plan, written: GraphModule, floats: Floats, spec: Spec, seed: int, tick: Tick
-) -> Iterator[str]:
-    """What the file holds that is not made of the float model, in sentences: no threshold decides that.
+def _claimed(outcome: Outcome, claimed: Sequence[str]) -> Outcome:
+    """What only its own calibration data could show is not shown, whatever the numbers are."""
+    if outcome.exit_code is ExitCode.DIFFERENT:
+        return replace(outcome, problems=(*outcome.problems, *claimed))
+    return replace(
+        outcome,
+        status="inconclusive",
+        exit_code=ExitCode.INCONCLUSIVE,
+        problems=(*outcome.problems, *claimed),
+        next_step="give calibrate the data that it was made with, and the same batch",
+    )
 
-    The model is calibrated once more, on what the spec says.
+
+def _held_against(
+    again: Quantized, written: GraphModule, spec: Spec, given: Batches, said: Mapping[str, Any], tick: Tick
+) -> tuple[list[str], list[str]]:
+    """What the file holds that is not made of the float model, in sentences, and what of it is only claimed:
+    numbers that come from calibration, where the file says that it had other data. No threshold decides that.
+
+    again: the float model, calibrated and converted once more
     """
-    reference, units, corrected = planned.exported.module, planned.units, spec.quantize.correct_bias
-    if wrong := misrounded(reference, written, units, corrected=corrected):
-        yield f"it does not hold the float model's numbers, rounded: {', '.join(wrong[:3])}"
-    given = batches.calibration(spec, seed)
-    again = calibrated(planned, given.samples, choices_of(spec), known=floats.learned, tick=tick)
-    if wrong := otherwise_scaled(again, written):
-        yield f"calibration on {given.said} does not give its scales: {', '.join(wrong[:3])}"
-    if corrected and (wrong := miscorrected(reference, written, units, given.samples, tick)):
-        yield f"correction on {given.said} does not give its biases: {', '.join(wrong[:3])}"
+    corrected = spec.quantize.correct_bias
+    wrong, calibration = list[str](), list[str]()
+    if names := misrounded(again.reference, written, again.units, corrected=corrected):
+        wrong.append(f"it does not hold the float model's numbers, rounded: {', '.join(names[:3])}")
+    names = otherwise_scaled(again, written)
+    weights = [f"{unit.weight}.{part}" for unit in again.units for part in ("scale", "zero_point")]
+    if names:
+        what = f"calibration on {given.said} does not give its scales: {', '.join(names[:3])}"
+        (wrong if set(names) & set(weights) else calibration).append(what)
+    if corrected:
+        names = miscorrected(again.reference, written, again.units, given.samples, tick)
+        if names:
+            what = f"correction on {given.said} does not give its biases: {', '.join(names[:3])}"
+            calibration.append(what)
+    if said.get("calibration_sha256", "") in ("", batches.fingerprint(given.samples)):
+        return [*wrong, *calibration], []
+    return wrong, [
+        f"{what}; it says that it had other data, so they are claimed only" for what in calibration
+    ]
+
+
+def _require_same_model(request: Int8Request, planned: Plan) -> None:
+    """Raises UsageError where the file speaks of other units and ops than this model has."""
+    for key, value in record(planned).items():
+        if request.said["int8"].get(key) != value:
+            what = f"its {key} are not those of this model: it was made with another spec, model or torch"
+            raise UsageError(Problem(what, str(request.int8), _SAME))
+
+
+class _Unlike(Exception):
+    """The program of the file is not the one that the float model is converted to; says where."""
+
+
+def _opened(request: Int8Request, again: Quantized) -> GraphModule:
+    """The graph of the .pt2 file, that of `again` but for numbers; raises _Unlike where it is another."""
+    names = op_names(again)
+    if request.said["ops"] != names:
+        what = "the ops that it names are not those of this model"
+        raise UsageError(Problem(what, str(request.int8), _SAME))
+    written = read(request.int8)
+    if found := unlike(program_in(archive(again)), written):
+        what = f"it is not what the float model is converted to: {'; '.join(found[:3])}"
+        raise _Unlike(what + _made_with(request.said))
+    return module_of(written, names, str(request.int8))
+
+
+def _made_with(said: Mapping[str, Any]) -> str:
+    """Another torch may write another graph, which is no fault of the file."""
+    versions = said.get("versions")
+    mine, theirs = facts.versions()["torch"], versions.get("torch") if isinstance(versions, dict) else None
+    return "" if theirs == mine else f" (it says that torch {theirs} made it, and this is torch {mine})"
 
 
 def _as_made(spec: Spec, said: Mapping[str, Any]) -> Spec:
@@ -132,9 +196,7 @@ def _as_made(spec: Spec, said: Mapping[str, Any]) -> Spec:
     return spec.model_copy(update={"quantize": chosen})
 
 
-def _loaded(request: Int8Request, archive: bool, floats: Floats, sample: Sample) -> GraphModule:
-    if archive:
-        return load(request.int8, request.said["ops"])
+def _unpacked(request: Int8Request, floats: Floats, sample: Sample) -> GraphModule:
     with open_checkpoint(request.int8) as artifact:
         tensors = {name: stored.load().clone() for name, stored in artifact.tensors.items()}
     return unpacked(floats.fused, sample, tensors, request.said["int8"])

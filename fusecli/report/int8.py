@@ -64,10 +64,16 @@ def triples(found: Quantization) -> Iterator[tuple[str, dict[str, str]]]:
 
 def whole_model(found: Quantization) -> Iterator[tuple[str, str]]:
     """(what, number) of the model's output, float against int8."""
+    by_power, by_angle = found.channel_sqnr, found.channel_cosine
     if found.sqnr is not None:
-        yield "SQNR", decibels(found.sqnr)
+        channel = f", {by_power.place} {decibels(by_power.value)}" if by_power else ""
+        yield "SQNR", decibels(found.sqnr) + channel
     if found.cosine is not None:
-        yield "cosine", f"{cosine(found.cosine)}, the worst sample {cosine(found.worst_cosine)}"
+        channel = f", {by_angle.place} {cosine(by_angle.value)}" if by_angle else ""
+        yield "cosine", f"{cosine(found.cosine)}, the worst sample {cosine(found.worst_cosine)}{channel}"
+    if found.constant:
+        more = f" and {len(found.constant) - 3} more" if len(found.constant) > 3 else ""
+        yield "constant", f"one number in int8, not in float: {', '.join(found.constant[:3])}{more}"
     if found.top1 is not None:
         yield "same top-1", percent(found.top1)
 

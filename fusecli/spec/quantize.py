@@ -19,16 +19,20 @@ Real = Annotated[float, BeforeValidator(read_float), WithJsonSchema({"type": "nu
 class Threshold(Part):
     """How like the float model the int8 one has to be; what is not given is not asked.
 
-    sqnr           of the output, in dB, at least; an output of zeros has 0
-    cosine         of the output, averaged over the samples, at least
+    sqnr           of the output, and of its worst channel, in dB, at least; an output of zeros has 0
+    cosine         of the output, averaged over the samples, and of its worst channel, at least; not for an
+                   output of one number for each sample
     top1           the share of samples with the same label, at least
     accuracy_drop  in points of 100, at most; needs labels
+    whole          sqnr and cosine of the output as a whole, and not of its worst channel: for embeddings, of
+                   which nobody looks at one number
     """
 
     sqnr: Maybe[Real] = None
     cosine: Maybe[Real] = None
     top1: Maybe[Real] = None
     accuracy_drop: Maybe[Real] = None
+    whole: Flag = False
 
     @model_validator(mode="after")
     def _in_range(self) -> Self:
@@ -55,7 +59,8 @@ class Quantize(Part):
 
     calibrate  what the ranges of activations are taken from; empty: the inputs of the spec
     batch      how many samples of a file are run at once
-    observer   "minmax": the smallest and the largest value seen; "histogram": what loses least of most values
+    observer   "minmax": the smallest and the largest value seen; "histogram": what loses least of most
+               values, which depends on the batches that they come in
     weights    a scale for each output channel, or one for each weight
     equalize   move ranges between layers in a row first, which changes nothing that they compute
     correct_bias  put into each bias what rounding moves the mean of the layer's output by

@@ -78,6 +78,32 @@ class Norms(nn.Module):
     def forward(self, x):
         return self.bn(self.conv(nn.functional.gelu(self.first(x)))).mean((2, 3))
 
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+
+    def forward(self, x):
+        return nn.functional.max_pool2d(self.conv(x), 2).mean((2, 3))
+
+class Joined(nn.Module):
+    '''A head of eight, the last four a thousand times smaller; they share the scale of the output.'''
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return torch.cat([1000 * self.a(x), self.b(x)], 1)
+
+class One(Plain):
+    def forward(self, x):
+        return super().forward(x)[:, 0].exp()
+
+class OneRow(One):
+    def forward(self, x):
+        return super().forward(x)[:, None]
+
 class Several(nn.Module):
     def __init__(self):
         super().__init__()
@@ -383,6 +409,41 @@ def test_an_unknown_threshold_is_named(small: Small, cli: Cli) -> None:
     assert (done.code, "did you mean 'observer'?" in done.err) == (2, True)
 
 
+@pytest.mark.parametrize("threshold", [{"cosine": 0.98}, {"sqnr": 30}])
+def test_a_large_channel_hides_no_small_one(small: Small, cli: Cli, threshold: dict[str, float]) -> None:
+    small("Joined", threshold=threshold)
+    done = quantized(cli, "--report", "json=-")
+    found = done.report["quantization"]
+    assert (done.code, found["cosine"] > 0.999, found["sqnr"] > 30) == (1, True, True)
+    assert found["channel_sqnr"]["value"] < 10
+    assert found["constant"] == [f"channel {n} of 8" for n in range(4, 8)]
+    assert any("one number in int8, though it varies in float" in line for line in done.report["problems"])
+    assert nothing_at("o.safetensors")
+    assert "channel 4 of 8" in said(quantized(cli))
+    small("Joined", threshold={**threshold, "whole": True})
+    done = quantized(cli)
+    assert (done.code, "asked of the output as a whole" in said(done)) == (0, True)
+    assert "one number in int8, not in float: channel 4 of 8" in said(done)
+
+
+@pytest.mark.parametrize("cls", ["One", "OneRow"])
+def test_the_cosine_of_one_number_is_no_measure(small: Small, cli: Cli, cls: str) -> None:
+    small(cls)
+    for words in ([], ["--dry-run"]):
+        done = quantized(cli, *words)
+        assert done.code == 2
+        assert "quantize.yaml:1:" in done.err  # the line, if there were more than one
+        assert "the cosine of one number is its sign" in done.err
+        assert "ask for sqnr instead: {sqnr: 20}" in done.err
+    assert nothing_at("o.safetensors")
+    done = quantized(cli, "--threshold", "sqnr=10", "--report", "json=-")
+    found = done.report["quantization"]
+    assert (done.code, found["cosine"], found["worst_cosine"]) == (0, None, None)
+    done = verified(cli, "o.safetensors")
+    assert (done.code, "ask for sqnr instead" in done.err) == (2, True)
+    assert verified(cli, "o.safetensors", "--threshold", "sqnr=10").code == 0
+
+
 def test_a_drop_of_accuracy_needs_labels(small: Small, cli: Cli) -> None:
     small(threshold={"accuracy_drop": 1})
     for words in ([], ["--dry-run"]):
@@ -412,14 +473,51 @@ def test_a_dry_run_says_what_would_be_done(folder: Path, cli: Cli, monkeypatch: 
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
-def test_random_numbers_calibrate_nothing(small: Small, cli: Cli) -> None:
-    small("Plain", {"shape": [4, 5]})
+RANDOM = {"shape": [4, 5]}
+
+
+@pytest.mark.parametrize("threshold", [{}, {"cosine": 0.01}, {"sqnr": 1, "top1": 0.1}, {"sqnr": 200}])
+def test_random_numbers_calibrate_nothing(small: Small, cli: Cli, threshold: dict[str, float]) -> None:
+    """Whatever is asked for: what is measured on noise decides nothing, and no advice leads around that."""
+    small("Plain", RANDOM, threshold=threshold)
     done = quantized(cli, "--report", "json=-")
     (entry,) = (entry for entry in done.report["ledger"] if entry["kind"] == "calibration")
-    assert (done.code, "random numbers calibrate nothing" in entry["what"]) == (0, True)
-    small("Plain", {"shape": [4, 5]}, calibrate=[data_of("x")])
-    done = quantized(cli, "--report", "json=-")
+    assert (done.code, "random numbers calibrate nothing" in entry["what"]) == (6, True)
+    assert "it is calibrated on 4 random inputs" in done.report["problems"][0]
+    assert "give a file of real inputs" in done.report["next_step"]
+    assert "threshold" not in done.report["next_step"]
+    assert nothing_at("o.safetensors")
+    dry = quantized(cli, "--dry-run")
+    assert (dry.code, "this writes nothing: it is calibrated on 4 random inputs" in said(dry)) == (0, True)
+
+
+def test_noise_judges_nothing(small: Small, cli: Cli) -> None:
+    small("Plain", calibrate=[data_of("x")])
+    assert quantized(cli).code == 0
+    small("Plain", RANDOM, calibrate=[data_of("x")])
+    done = quantized(cli, "--report", "json=-", out="p.safetensors")
+    assert (done.code, "it is judged on 4 random inputs" in done.report["problems"][0]) == (6, True)
     assert not [entry for entry in done.report["ledger"] if entry["kind"] == "calibration"]
+    assert nothing_at("p.safetensors")
+    assert verified(cli, "o.safetensors").code == 6
+
+
+SAME = "calibrated and judged on the same data (70 samples of data.safetensors:x)"
+
+
+@pytest.mark.parametrize("calibrate", [[], [data_of("x")]])
+def test_data_that_calibrate_and_judge_are_said_to_be_the_same(
+    small: Small, cli: Cli, calibrate: list[Any]
+) -> None:
+    small(calibrate=calibrate)
+    done = quantized(cli)
+    assert (done.code, SAME in said(done)) == (0, True)
+    assert SAME in said(verified(cli, "o.safetensors"))
+
+
+def test_data_of_their_own_are_not_said_to_be_the_same(shared: Path) -> None:
+    assert "on the same data" not in (shared / "terminal.txt").read_text()
+    assert "on the same data" not in (shared / "r.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -585,7 +683,8 @@ def test_what_was_folded_before(folder: Path, cli: Cli) -> None:
 def test_learned_scales_are_those_of_the_file(folder: Path, cli: Cli, layout: str) -> None:
     state = torch_ao_qat.MAKERS[layout]().state
     torch.save({"model_state_dict": state}, "model.pt")
-    spec_with({"threshold": {"cosine": 0.5}})
+    # Trained for a few steps on noise, its classes hardly differ from image to image, and not at all in int8.
+    spec_with({"threshold": {"cosine": 0.5, "whole": True}})
     assert quantized(cli, "--observer", "histogram").code == 0
     stored = load_file("o.safetensors")
     learned = {key.split(".weight_fake_quant.")[0]: key for key in state if key.endswith("fake_quant.scale")}
@@ -696,6 +795,47 @@ def test_tensors_that_do_not_belong(
     save_file(change(load_file("out.safetensors")), "bad.safetensors", {"fusecli": json.dumps(facts())})
     done = verified(cli, "bad.safetensors")
     assert (done.code, message in done.err) == (2, True)
+
+
+def test_what_other_data_calibrated_is_claimed(folder: Path, cli: Cli) -> None:
+    """Its numbers cannot be computed again: no fault of the file, and no proof."""
+    spec_with({"calibrate": [{"file": "heldout.safetensors", "key": "images"}]})
+    done = verified(cli, "out.safetensors", "--report", "json=-")
+    assert (done.code, done.report["status"]) == (6, "inconclusive")
+    (problem,) = done.report["problems"]
+    assert problem.endswith("it says that it had other data, so they are claimed only")
+    assert "give calibrate the data that it was made with" in done.report["next_step"]
+    without_digest = {k: v for k, v in facts().items() if k != "calibration_sha256"}
+    save_file(load_file("out.safetensors"), "old.safetensors", {"fusecli": json.dumps(without_digest)})
+    assert verified(cli, "old.safetensors").code == 1
+
+
+def test_weights_need_no_calibration_to_be_wrong(folder: Path, cli: Cli) -> None:
+    tensors, text = load_file("out.safetensors"), json.dumps({**facts(), "calibration_sha256": "other"})
+    for name, change in (
+        ("up.conv.weight.scale", lambda scale: scale * 1.0001),
+        ("up.conv.weight", one_more),
+    ):
+        save_file({**tensors, name: change(tensors[name])}, "bad.safetensors", {"fusecli": text})
+        assert verified(cli, "bad.safetensors").code == 1
+
+
+@pytest.mark.parametrize("part", ["scale", "zero_point"])
+def test_values_that_share_a_scale_have_one(small: Small, cli: Cli, part: str) -> None:
+    """Of the numbers of one scale all are stored, and another program may read any of them."""
+    small("Pooled", data_of("image"))
+    assert quantized(cli).code == 0
+    tensors = load_file("o.safetensors")
+    shared = [name for name in tensors if name.endswith(f".output.{part}") and not name.startswith("x.")]
+    assert len(shared) > 1
+    for name in shared:
+        more = torch.ones((), dtype=tensors[name].dtype)
+        save_file(
+            {**tensors, name: tensors[name] + more},
+            "bad.safetensors",
+            {"fusecli": json.dumps(facts("o.safetensors"))},
+        )
+        assert verified(cli, "bad.safetensors").code in (1, 2), name
 
 
 def test_another_checkpoint(folder: Path, cli: Cli) -> None:

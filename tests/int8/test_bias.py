@@ -120,7 +120,8 @@ def test_only_biases_of_the_int8_graph_change() -> None:
     after = packed(done)[0]
     assert {name for name in before if not torch.equal(after[name], before[name])} == {"0.bias", "1.bias"}
     assert all(torch.equal(t, float_before[n]) for n, t in done.reference.state_dict().items())
-    assert ticks == [f"correcting biases, batch {n} of 4" for n in range(1, 5)]
+    assert ticks[:4] == [f"correcting biases, batch {n} of 4" for n in range(1, 5)]
+    assert ticks[4:] == [f"correcting biases, layer {n} of 2" for n in range(1, 3)]
 
 
 def test_biases_that_were_corrected_are_found_again() -> None:
@@ -150,3 +151,61 @@ def test_a_layer_sees_what_the_corrected_ones_before_it_give() -> None:
         after.append(packed(done)[0])
     for name in ("0.bias", "1.bias"):
         assert torch.allclose(after[0][name], after[1][name], atol=1e-3), name
+
+
+class Tokens(nn.Module):
+    """Linear layers on [n, t, c]: as many tokens as channels, so that a mean of the wrong axis would fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+SPLIT = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), (6,)),
+    "conv": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), (3, 8, 8)),
+    "tokens": (Tokens, (8, 6)),
+}
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0], ids=["kept", "run again"])
+@pytest.mark.parametrize(("build", "shape"), SPLIT.values(), ids=SPLIT)
+def test_a_bias_does_not_depend_on_the_batches(build, shape, limit: int, monkeypatch) -> None:
+    """33 samples in batches of 32 and 1: the one must not count for half of the mean."""
+    monkeypatch.setattr("fusecli.int8.bias._KEPT", limit)
+    (whole,) = batches(33, *shape, count=1)
+    x = whole.args[0]
+    x[32] *= 3  # unlike the others
+    found, moved = [], []
+    for sizes in ([33], [32, 1], [1, 32], [11, 11, 11]):
+        torch.manual_seed(2)
+        done = coarse(build(), [whole])
+        before = {name: tensor.detach().clone() for name, tensor in done.reference.named_parameters()}
+        given = [Sample((part,)) for part in x.split(sizes)]
+        assert correct_biases(done.reference, done.model, done.units, given, lambda _: None) == 2
+        stored = {name: tensor for name, tensor in packed(done)[0].items() if name.endswith(".bias")}
+        found.append(stored)
+        moved.append({name: float((stored[name] - before[name]).abs().max()) for name in stored})
+    for other in found[1:]:
+        for name, bias in found[0].items():
+            assert moved[0][name] > 0
+            assert torch.allclose(bias, other[name], rtol=0, atol=0.01 * moved[0][name]), name
+
+
+def test_tokens_are_corrected_by_channel() -> None:
+    given = batches(16, 8, 6)
+    done = coarse(Tokens(), given)
+
+    def lost() -> Tensor:
+        pairs = [[node_outputs(g, ["linear_1"], s)["linear_1"] for s in given] for g in graphs]
+        one, other = (torch.cat(values).double().flatten(0, 1).mean(0) for values in pairs)
+        return (one - other).abs().mean()
+
+    graphs = done.reference, done.model
+    tensor_of(done.model, "b.bias").add_(torch.linspace(-0.3, 0.3, 8))
+    before = lost()
+    correct_biases(done.reference, done.model, done.units, given, lambda _: None)
+    assert lost() < before / 30

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fusecli.int8.comparison import Comparison, Likeness, compare
+from fusecli.int8.comparison import Comparison, Likeness, Worst, compare
 from fusecli.int8.numbers import cosine, sqnr
 from fusecli.int8.watching import node_outputs
 from fusecli.sample import Sample
@@ -40,6 +41,12 @@ def given(*outputs: Tensor) -> fx.GraphModule:
     return graph_of(Given(*outputs), torch.tensor([0, 1]))
 
 
+def whole(found: Comparison) -> Comparison:
+    """Without what it says of single channels."""
+    return replace(found, channel_sqnr=None, channel_cosine=None)
+
+
+CHANNEL = "channel 3 of 4"
 ROWS = [Sample((torch.tensor([0, 1]),)), Sample((torch.tensor([2, 3]),))]
 
 
@@ -75,12 +82,14 @@ def test_one_value_that_is_not_finite_is_the_worst_there_is(bad: float):
     wrong = torch.eye(4)
     wrong[3, 3] = bad
     found = compare(given(torch.eye(4)), given(wrong), ["mul"], ROWS)
-    assert found == Comparison((Likeness("mul", -INF, -1.0),), -INF, -1.0, -1.0, 0.75, 2)
+    assert (found.channel_sqnr, found.channel_cosine) == (Worst(-INF, CHANNEL), Worst(-1.0, CHANNEL))
+    assert whole(found) == Comparison((Likeness("mul", -INF, -1.0),), -INF, -1.0, -1.0, 0.75, 2)
 
 
 def test_equal_graphs_have_the_best_there_is(nets: Nets):
     found = compare(nets[0], nets[0], ["relu"], [nets[2]])
-    assert found == Comparison((Likeness("relu", INF, 1.0),), INF, 1.0, 1.0, 1.0, 1)
+    assert found.channel_sqnr == Worst(INF, "channel 0 of 5")
+    assert whole(found) == Comparison((Likeness("relu", INF, 1.0),), INF, 1.0, 1.0, 1.0, 1)
 
 
 def test_a_model_without_floating_or_class_scores_has_none():
@@ -98,7 +107,7 @@ def test_an_empty_leaf_says_nothing():
             return x * 1, x[:0] * 1
 
     graph, sample = graph_of(Empty(), torch.eye(3)), Sample((torch.eye(3),))
-    assert compare(graph, graph, [], [sample]) == Comparison((), INF, 1.0, 1.0, 1.0, 1)
+    assert whole(compare(graph, graph, [], [sample])) == Comparison((), INF, 1.0, 1.0, 1.0, 1)
 
 
 def test_compare_of_an_int8_graph(nets: Nets):

@@ -180,3 +180,12 @@ def test_calibration_and_evaluation_have_files_of_their_own(given: Callable[...,
 def test_an_error_says_which_of_both(given: Callable[..., Spec]) -> None:
     with pytest.raises(UsageError, match=r"quantize\.calibrate: \[7, 2\] labels for 35 samples"):
         batches.calibration(given(data("x"), calibrate=[data("x", labels="table")]), 0)
+
+
+def test_the_fingerprint_is_that_of_the_batches(given: Callable[..., Spec]) -> None:
+    def of(*inputs: dict[str, Any], **quantize: Any) -> str:
+        return batches.fingerprint(batches.evaluation(given(*inputs, **quantize), 0).samples)
+
+    assert of(data("x")) == of(data("x"))
+    others = [of(data("mask")), of(data("x"), data("table")), of(data("x"), batch=10), of(data("one"))]
+    assert len({of(data("x")), *others}) == 5

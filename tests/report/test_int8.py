@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from fusecli.errors import ExitCode
-from fusecli.outcome import EqualizedReport, FloatReport, Outcome, Quantization, UnitReport
+from fusecli.outcome import ChannelReport, EqualizedReport, FloatReport, Outcome, Quantization, UnitReport
 from fusecli.report import as_json, as_markdown, print_terminal
 from fusecli.report.int8 import cosine, decibels, hazard, left_kinds, percent, thresholds
 from tests.report.outcomes import FUSED
@@ -35,6 +35,9 @@ FOUND = Quantization(
     cosine=0.99989,
     worst_cosine=0.999378,
     top1=0.995,
+    channel_sqnr=ChannelReport(4.25, "channel 6 of 8"),
+    channel_cosine=ChannelReport(0.51239, "channel 7 of 8"),
+    constant=("channel 6 of 8",),
     accuracy={"float": 0.992, "fused": 0.992, "int8": 0.983},
     bytes={"float": 96_792, "fused": 94_440, "int8": 33_519},
     latency={"float": 2e-3, "fused": 1e-3, "int8": 3e-3},
@@ -81,6 +84,8 @@ def test_every_rendering_has_the_numbers(rendered: str) -> None:
     text = " ".join(rendered.split())
     for fact in ("up.conv", "3.1 dB", "-0.25000", "weight range 512×", "36.7 dB", "0.99937", "99.5 %"):
         assert fact in text, fact
+    for fact in ("channel 6 of 8 4.2 dB", "channel 7 of 8 0.51239", "one number in int8, not in float"):
+        assert fact in text, fact
     for fact in ("98.3 %", "33.5 kB", "1.50×", "gelu", "calibration.safetensors:images", "at least 20 dB"):
         assert fact in text, fact
 
@@ -89,6 +94,8 @@ def test_json_has_the_same_and_is_strict() -> None:
     found = json.loads(as_json(WRITTEN))["quantization"]
     assert [unit["name"] for unit in found["units"]] == ["up.conv", "stem.conv", "same"]
     assert found["units"][2]["sqnr"] is None  # infinite
+    assert found["channel_sqnr"] == {"value": 4.25, "place": "channel 6 of 8"}
+    assert found["constant"] == ["channel 6 of 8"]
     assert (found["accuracy"]["int8"], found["asked"]["sqnr"], found["exact"]) == (0.983, 20.0, None)
 
 
