@@ -99,8 +99,13 @@ def at_other_sizes(
 
 def sizes_of(sample: Sample) -> str:
     """The shapes of a sample's tensors, as on the command line: '1x3x224x224, 1x16'."""
-    shapes = [tensor.shape for tensor in tensors_in((sample.args, dict(sample.kwargs)))]
-    return ", ".join("x".join(map(str, shape)) or "a number" for shape in shapes)
+    return ", ".join(map(_size_of, tensors_in((sample.args, dict(sample.kwargs)))))
+
+
+def _size_of(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return "a nested tensor"
+    return "x".join(map(str, tensor.shape)) or "a number"
 
 
 def _free(tensor: Tensor, named: Axes) -> frozenset[int]:

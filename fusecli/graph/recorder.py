@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -259,7 +259,8 @@ class Recorder(TorchDispatchMode):
             origins = frozenset([name]) if name and constant else frozenset()
             value = self._value(tensor, None, name, bool(constant), origins)
             self._memory[key] = Memory(watch, value, {layout: value})
-            if constant is None:
+            # What wraps other tensors has no numbers of its own: theirs are recorded.
+            if constant is None and not is_traceable_wrapper_subclass(tensor):
                 self._unmade[key] = value
             return key, value
         self._look(tensor, key, memory)

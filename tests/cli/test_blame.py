@@ -421,7 +421,6 @@ def test_code_of_a_whole_module_that_cannot_be_imported(cli, whole):
 METHODS = {
     "eval": "def eval(self): raise ValueError('mine')",
     "train": "def train(self, mode=True): raise ValueError('mine')",
-    "a copy": "def __deepcopy__(self, memo): raise ValueError('mine')",
     "names": "def named_modules(self, *_, **__): raise ValueError('mine')",
     "a dtype": "def double(self): raise ValueError('mine')",
 }
@@ -436,6 +435,17 @@ def test_a_method_of_the_model_that_raises_is_no_bug_of_fusecli(cli, project, me
     assert "error: net.py:16: the model's code raises ValueError: mine" in ended.err
     assert "the model's code raises" in ended.report["problems"][0]
     assert "bug" not in ended.err
+
+
+def test_a_model_that_cannot_be_copied(cli, project):
+    """Nothing is done to a model that may be the caller's own."""
+    folder = project(NET)
+    method = "def __deepcopy__(self, memo): raise ValueError('mine')"
+    edit(folder / "net.py", ("build = Net", f"class Other(Net):\n    {method}\nbuild = Other"))
+    ended = cli(*FUSE, "--report", "json=-")
+    assert ended.code == ended.report["exit_code"] == 4
+    assert "the model cannot be copied: ValueError: mine" in ended.err
+    assert "__deepcopy__" in ended.err
 
 
 def test_backward_inside_forward(cli, project):

@@ -87,7 +87,7 @@ class Divided(nn.Module):
         return z
 
 
-HOLD_AT_ONE_SIZE = {"same padding": InFront, "if odd: pad": Odd, "divisor": Divided}
+HOLD_AT_ONE_SIZE = {"if odd: pad": Odd, "divisor": Divided}
 
 
 def groups(outcome: Outcome) -> set[tuple[str, ...]]:
@@ -116,12 +116,26 @@ def test_what_holds_at_one_size_only_is_left(build: Any) -> None:
         agree(model, outcome.model, IMAGES, images(2, 3, 9, 9), images(3, 3, 8, 9))
 
 
-@pytest.mark.parametrize(
-    ("build", "reader"), [(InFront, "same"), (Odd, "conv"), (Divided, "conv")], ids=HOLD_AT_ONE_SIZE
-)
-def test_a_listed_one_is_different_and_the_size_is_named(build: Any, reader: str) -> None:
+def test_a_layer_that_pads_by_size_is_seen_before_anything_is_folded() -> None:
+    """It is run by itself at several sizes: at one of them it adds what a folded shift would have to be in."""
+    model = randomise(InFront(), 1)
+    found = fusecli.fuse(model, IMAGES, discover=True)
+    assert all("norm" not in group for group in groups(found))
+    (left,) = [unfused for unfused in found.unfused if unfused.module == "norm"]
+    assert left.code == "not-linear-in-weight"
+    if found.model is not None:
+        agree(model, found.model, IMAGES, images(2, 3, 9, 9), images(3, 3, 8, 9))
+    listed = fusecli.fuse(model, IMAGES, groups=[["norm", "same"]])
+    assert [(no.code, listed.exit_code) for no in listed.refused] == [
+        ("not-linear-in-weight", ExitCode.REFUSED)
+    ]
+    assert all("norm" not in group for group in fusecli.plan(model, IMAGES).groups)
+
+
+@pytest.mark.parametrize("build", HOLD_AT_ONE_SIZE.values(), ids=HOLD_AT_ONE_SIZE)
+def test_a_listed_one_is_different_and_the_size_is_named(build: Any) -> None:
     model = randomise(build(), 1)
-    outcome = fusecli.fuse(model, IMAGES, groups=[["norm", reader]])
+    outcome = fusecli.fuse(model, IMAGES, groups=[["norm", "conv"]])
     assert outcome.exit_code == ExitCode.DIFFERENT, outcome
     assert outcome.model is None
     assert "2x3x8x8" in " ".join(verdict(outcome).reasons)
