@@ -117,7 +117,7 @@ def test_what_holds_at_one_size_only_is_left(build: Any) -> None:
 
 
 def test_a_layer_that_pads_by_size_is_seen_before_anything_is_folded() -> None:
-    """It is run by itself at several sizes: at one of them it adds what a folded shift would have to be in."""
+    """It is run by itself at several sizes: at one of them it adds zeros, where a folded shift should be."""
     model = randomise(InFront(), 1)
     found = fusecli.fuse(model, IMAGES, discover=True)
     assert all("norm" not in group for group in groups(found))
