@@ -89,6 +89,7 @@ def on_all_paths(
     verdict = replace(
         verdict,
         judgement=worst,
+        smallest_tolerance=verdict.smallest_tolerance if assumed else None,
         checks={**verdict.checks, "paths": said},
         check_results={**verdict.check_results, "paths": result},
         reasons=verdict.reasons if assumed else (*verdict.reasons, *doubts),
