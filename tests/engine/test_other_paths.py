@@ -181,6 +181,7 @@ def test_on_files(cli: Cli, project: Project) -> None:  # noqa: F811
     )
     ended = cli(*FUSE, "--assume-same-path")
     assert (ended.code, where(ended)) == (0, ["heads.1"])
+    assert "--assume-same-path" in ended.report["next_step"]  # the next command would be inconclusive without
     verify = ("verify", "model.pt", "model.fused.safetensors", *SPEC, "--report", "json=-")
     ended = cli(*verify)
     assert (ended.code, where(ended)) == (INCONCLUSIVE, ["heads.1"])
