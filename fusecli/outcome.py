@@ -108,7 +108,8 @@ class LedgerEntry:
     """Something that was lost or changed besides the fold itself, or somebody's code that was allowed.
 
     kind: "hook" | "requires-grad" | "tie" | "train-mode" | "assumed" | "statistics" | "input" | "adapter"
-          | "bare-identity" | "sizes" | "consent"
+          | "bare-identity" | "sizes" | "consent" | "quantizer" | "calibration" | "comparison"; "input" is a
+          file that is another one than was used before
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""`visible`: names from files are data, and are shown as text wherever they appear.
+"""Names in sentences: as text (`visible`), for names from files are data, and not all of them (`some`).
 
 A module name can hold an escape sequence that repaints the terminal, a line break that forges a line of
 the report, a bidi override that reverses it, or a line that a CI runner obeys. GitHub's runner obeys
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 # Control, format (bidi, zero width), surrogate, private, unassigned, line and paragraph separators.
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -25,6 +26,11 @@ def visible(text: str, *, ascii_only: bool = False) -> str:
     """
     shown = "".join(_escaped(char) if _acts(char, ascii_only) else char for char in text)
     return _COMMAND.sub(lambda command: "".join(f"\\x{ord(char):02x}" for char in command[0]), shown)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _acts(char: str, ascii_only: bool) -> bool:

@@ -127,7 +127,7 @@ def fuse(
                 keep_going=keep_going,
                 require_all=require_all,
                 min_folded=min_folded,
-                typed=tuple(options.typed_words(model, inputs)),
+                typed=tuple(options.typed_words(model, inputs, same_path=assume_same_path)),
                 trusted=tuple(options.trusted(None, model)),
             )
             with dialogue(quiet) as person:

@@ -193,7 +193,8 @@ def lines(text: str) -> dict[str, float]:
     return found
 
 
-def typed_words(model: str | None, inputs: list[str] | None) -> list[str]:
-    """The options that name the model again, for the next command."""
+def typed_words(model: str | None, inputs: list[str] | None, *, same_path: bool = False) -> list[str]:
+    """The options that name the model again, and what is believed of it, for the next command."""
     words = ["--model", model] if model else []
-    return words + [word for text in inputs or () for word in ("--input", text)]
+    words += [word for text in inputs or () for word in ("--input", text)]
+    return [*words, *(["--assume-same-path"] if same_path else [])]

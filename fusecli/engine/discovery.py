@@ -24,6 +24,7 @@ from fusecli.graph.ops import AVERAGES, BATCH_DEPENDENT, JOINS, NORMS, SUMS
 from fusecli.graph.record import Run
 from fusecli.graph.sites import moved_from, weight_of
 from fusecli.outcome import Refusal, Unfused
+from fusecli.plain import some
 from fusecli.rewrite import ModuleTree
 
 Target = Literal["inference", "quant"]
@@ -109,10 +110,9 @@ def _offered(
 
 def _on_one_path(decision: Decision) -> Refusal:
     """Why a fold is not offered that other inputs may need otherwise."""
-    more = f" and {len(decision.unrun) - 3} more" if len(decision.unrun) > 3 else ""
     no = NotFoldable(
         "other-path",
-        f"inputs that go to {', '.join(decision.unrun[:3])}{more} may need it as it is, and none did",
+        f"inputs that go to {some(decision.unrun)} may need it as it is, and none did",
         evidence=tuple(f"{path} did not run" for path in decision.unrun[:3]),
         remedy="give inputs that run them, or say --assume-same-path if no input ever does",
     )

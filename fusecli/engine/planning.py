@@ -21,7 +21,7 @@ from fusecli.engine.known import Known
 from fusecli.engine.purpose import require_same_purpose
 from fusecli.engine.steps import Wave
 from fusecli.engine.uses import Uses
-from fusecli.engine.waves import Search, wide
+from fusecli.engine.waves import TELLING, Search, wide
 from fusecli.equivalence.regions import Region
 from fusecli.errors import NotFoldable, Problem, UsageError, require
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_norm, without_statistics
@@ -160,9 +160,7 @@ class _Planner:
             # No rule takes a pooling, say: that is more to the point than what feeds the norm behind it.
             blunt = () if kinds & LAYER_KINDS or kinds <= FOLDABLE else _NOTHING_BESIDE
             telling = [
-                one
-                for one in said
-                if one.code in _BACKWARD or (no.code == "no-rule" and one.code not in blunt)
+                one for one in said if one.code in TELLING or (no.code == "no-rule" and one.code not in blunt)
             ]
             raise telling[0] if telling else no
         return wide(audit.recording, group, waves, self.known(audit).shown)
@@ -356,8 +354,6 @@ def _in_order(audit: Audit, group: Group, waves: Sequence[Wave]) -> bool:
 
 
 _NOTHING_BESIDE = ("no-linear-producer", "no-linear-consumer")
-# Why a norm does not go into the layer after it: then the list was no slip of the pen.
-_BACKWARD = ("padding-border", "transposed-shift", "tied-weights", "padded-rows")
 
 
 @cache

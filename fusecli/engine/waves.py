@@ -336,7 +336,8 @@ def _leaving(step: Step) -> str:
     return "" if moving.kind == "gain" else moving.path
 
 
-# What says more about a map that stays than that nothing feeds it.
+# What says more about a map that stays than that nothing feeds it: why it does not go into the layer
+# after it. A list that asks for that was no slip of the pen.
 TELLING = ("padding-border", "transposed-shift", "tied-weights", "padded-rows")
 
 

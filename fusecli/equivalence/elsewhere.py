@@ -88,6 +88,8 @@ class _Elsewhere:
                 found = self._between(trail, reference, *self._followed(partly_fused(count), sample))
             except Exception:  # a model that half a fold breaks
                 return True
+            if found.undefined:  # of the original: no fold has done that
+                return False
             return found.error > self._tolerance(found.error, reference, sample)
 
         return culprit(len(self.trial.found.checks), differs)
@@ -99,8 +101,8 @@ class _Elsewhere:
         return trail, output
 
     def _between(self, mine: Trail, reference: Any, theirs: Trail, output: Any) -> Difference:
-        found = (compare(reference, output), mine.against(theirs), mine.exits_against(theirs))
-        return max(found, key=lambda difference: difference.error)
+        inside = mine.against(theirs).worse(mine.exits_against(theirs))
+        return compare(reference, output).worse(inside)
 
     def _tolerance(self, error: float, reference: Any, sample: Sample) -> float:
         """The line for an error here; what the noise is at this size is asked where it decides."""

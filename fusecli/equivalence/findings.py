@@ -21,6 +21,7 @@ from fusecli.equivalence.noise import drifts, tolerance
 from fusecli.equivalence.sizes import Shown
 from fusecli.equivalence.training import Training
 from fusecli.outcome import Judgement, LedgerEntry, Verdict
+from fusecli.plain import some
 
 _FAST = "the fast path that torch takes without hooks and modes"
 
@@ -65,8 +66,7 @@ class Findings:
             below = tuple(f"{path}." for path in check.members)
             check.misstored = any(key.startswith(below) for key in wrong)
         if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            self.misstored.append(f"stored tensors do not hold the fold: {', '.join(wrong[:3])}{more}")
+            self.misstored.append(f"stored tensors do not hold the fold: {some(wrong)}")
             self.disk = f"{len(wrong)} of {total} stored tensors do not hold the fold"
         else:
             self.disk = f"{total} stored tensors are the exact values, rounded once"

@@ -35,6 +35,7 @@ from fusecli.errors import UsageError
 from fusecli.graph.followers import widened
 from fusecli.graph.materialise import duplicate
 from fusecli.outcome import ASKED, Judgement, LedgerEntry, Verdict
+from fusecli.plain import some
 from fusecli.sample import Sample, seeded
 
 _DRAWS = 4
@@ -127,8 +128,7 @@ class _Seen:
         if self.blind:
             return Judgement.INCONCLUSIVE, f"{self.blind[0]} does not notice weights that are off by 1 %"
         if self.unread:
-            more = f" and {len(self.unread) - 3} more" if len(self.unread) > 3 else ""
-            return Judgement.INCONCLUSIVE, f"the inputs never reach {', '.join(self.unread[:3])}{more}"
+            return Judgement.INCONCLUSIVE, f"the inputs never reach {some(self.unread)}"
         return Judgement.EQUIVALENT, ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,11 +57,6 @@ def materialised(module: nn.Module) -> nn.Module:
     wide = in_float64(module).eval()
     make_plain(wide)
     return wide
-
-
-def from_store(module: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `module`, which stands at `path`, with `tensors` (by state-dict key) where there are any."""
-    return with_tensors(module, lambda name, old: tensors.get(f"{path}.{name}", old))
 
 
 def probe_input(module: nn.Module, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,6 @@ from fusecli.int8.ops import LAYERS, op_name
 from fusecli.int8.packed import float_names, packed
 from fusecli.int8.quantize import Quantized
 from fusecli.int8.quantizer import WEIGHT_RANGE
-from fusecli.int8.saved import calls
 from fusecli.int8.units import QuantUnit
 
 # Of a step: the quotient is rounded to float32 before it is rounded to an integer.
@@ -24,20 +23,6 @@ HALF = 0.5 + 1e-3
 # another. No calibration decides what a weight's scale is: it is its largest value, divided.
 ROOM = {"minmax": 1e-3, "histogram": 1e-2}
 WEIGHT_ROOM = 1e-6
-
-
-def other_ops(reference: GraphModule, converted: GraphModule) -> list[str]:
-    """Names of ops that only one of the graphs has, or that are not the same op; those that quantize and
-    dequantize are no difference."""
-    mine, theirs = (
-        {node.name: str(node.target) for node in calls(graph) if not _quantizes(node)}
-        for graph in (reference, converted)
-    )
-    return sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-
-
-def _quantizes(node: Node) -> bool:
-    return op_name(node).startswith("quantized_decomposed.")
 
 
 def otherwise_scaled(quantized: Quantized, converted: GraphModule) -> list[str]:

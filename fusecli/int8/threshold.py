@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusecli.int8.comparison import Comparison
+from fusecli.plain import some
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ def _channel_shortfalls(threshold: Threshold, comparison: Comparison) -> list[st
         if worst is not None and line is not None and not worst.value >= line:
             found.append(_below(f"{what} of {worst.place}", worst.value, line, unit))
     if comparison.lost and (threshold.sqnr is not None or threshold.cosine is not None):
-        more = f" and {len(comparison.lost) - 3} more" if len(comparison.lost) > 3 else ""
-        places = ", ".join(comparison.lost[:3]) + more
-        found.append(f"one number in int8, though it varies in float: {places}")
+        found.append(f"one number in int8, though it varies in float: {some(comparison.lost)}")
     return found
 
 

@@ -24,6 +24,7 @@ from fusecli.graph.record import Run
 from fusecli.jobs.fold import Fold, Refused, plan_fold, still_computed
 from fusecli.jobs.source import Source
 from fusecli.outcome import Refusal, Unfused
+from fusecli.plain import some
 from fusecli.rewrite import ModuleTree
 from fusecli.sample import Sample
 from fusecli.spec import Spec
@@ -347,8 +348,7 @@ def shortfall(counted: Counted, *, require_all: bool, min_folded: float | None) 
     problems = []
     left = [norm.module for norm in counted.left if norm.code in FOLDABLE_LEFT]
     if require_all and left:
-        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        problems.append(f"--require-all: {len(left)} norms could be folded and are left: {names}")
+        problems.append(f"--require-all: {len(left)} norms could be folded and are left: {some(left)}")
     percent = 100.0 * counted.folded / counted.total if counted.total else 100.0
     if min_folded is not None and percent < min_folded:
         problems.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from math import prod
@@ -19,10 +19,11 @@ from fusecli.graph.dataflow import Recording
 from fusecli.graph.kinds import norms
 from fusecli.graph.record import Run
 from fusecli.jobs.fold import Layout
+from fusecli.jobs.inputs import STATISTICS
 from fusecli.outcome import ASKED, FileFacts, LedgerEntry, Totals, Unfused
+from fusecli.plain import some
 from fusecli.spec import Spec
 
-_STATE = ("running_mean", "running_var", "num_batches_tracked")
 _VARIANCE = ".running_var"
 _NOT_LISTED = ("not-listed", "no group of the spec names it")
 
@@ -80,7 +81,7 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
 
 def totals(layout: Layout, model: nn.Module | None) -> Totals:
     """Counts of what is stored; modules only where the model's code was at hand."""
-    parameters = sum(prod(shape) for name, (_, shape) in layout.items() if not name.endswith(_STATE))
+    parameters = sum(prod(shape) for name, (_, shape) in layout.items() if not name.endswith(STATISTICS))
     size = sum(prod(shape) * dtype.itemsize for dtype, shape in layout.values())
     named = dict(model.named_modules()) if model is not None else {}
     acting = [module for path, module in named.items() if path and not isinstance(module, nn.Identity)]
@@ -155,16 +156,11 @@ def path_ledger(decisions: Iterable[Decision]) -> list[LedgerEntry]:
     return [
         LedgerEntry(
             "assumed",
-            named(paths),
-            f"no input ran it: the fold of {named(folded)} holds for inputs that do not",
+            some(paths),
+            f"no input ran it: the fold of {some(folded)} holds for inputs that do not",
         )
         for paths, folded in groups.items()
     ]
-
-
-def named(names: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _caveats(decisions: Iterable[Decision]) -> list[LedgerEntry]:

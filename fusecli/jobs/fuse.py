@@ -54,6 +54,7 @@ from fusecli.jobs.source import (
 from fusecli.jobs.trained import may_be_trained, read_trained, require_folding, trained_groups
 from fusecli.jobs.verdicts import STATUS, failures, judged, on_all_paths, recorded, strictly
 from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused, Verdict
+from fusecli.plain import some
 from fusecli.rewrite import MANIFEST_KEY, Manifest, ModuleTree
 from fusecli.sample import Sample
 from fusecli.spec import Spec
@@ -173,17 +174,13 @@ def _require_storable(checkpoint: Checkpoint, fmt: str) -> None:
     where = str(checkpoint.path)
     odd = [name for name, value in checkpoint.others.items() if not is_plain(value)]
     if odd:
-        what = f"{_some(odd)} holds objects, which a file gives back by running code only"
+        what = f"{some(odd)} holds objects, which a file gives back by running code only"
         fix = "let get_extra_state return tensors, numbers, texts, lists and dicts"
         raise UsageError(Problem(what, where, fix))
     unlike = [name for name, value in checkpoint.others.items() if not fits_in_text(value)]
     if unlike and fmt == "safetensors":
-        what = f"{_some(unlike)} is no tensor, and more than the JSON that a safetensors file can hold"
+        what = f"{some(unlike)} is no tensor, and more than the JSON that a safetensors file can hold"
         raise UsageError(Problem(what, where, "give --format pt, which stores it as it is"))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @dataclass

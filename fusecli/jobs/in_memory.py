@@ -18,6 +18,7 @@ from fusecli.graph.memory import same_memory
 from fusecli.jobs.adapter import Adapter, dress
 from fusecli.jobs.fold import Fold, Refused
 from fusecli.outcome import LedgerEntry, Mode, Refusal
+from fusecli.plain import some
 from fusecli.rewrite import Bias, Identity, ModuleTree, Rewrite, Zero, apply_rewrite
 
 
@@ -136,7 +137,7 @@ def held_warnings(model: nn.Module, decisions: Iterable[Decision], *, inplace: b
     return [
         *(_held_modules(name, paths, group_of) for name, paths in modules.items()),
         *(
-            f"`{name}` holds {_some([*names])} too: what is read through it has the values before the fold"
+            f"`{name}` holds {some([*names])} too: what is read through it has the values before the fold"
             for name, names in tensors.items()
         ),
         *(
@@ -152,19 +153,14 @@ def _held_modules(name: str, paths: Collection[str], group_of: Mapping[str, tupl
     missing = [path for group in groups for path in group if path not in paths]
     if missing:
         return (
-            f"`{name}` holds {_some([*paths])} too, and not {_some(missing)}: where forward runs them there, "
+            f"`{name}` holds {some([*paths])} too, and not {some(missing)}: where forward runs them there, "
             "the model computes something else now; fusecli.fuse finds out"
         )
-    return f"`{name}` holds {_some([*paths])} too: what forward runs through it stays unfused"
+    return f"`{name}` holds {some([*paths])} too: what forward runs through it stays unfused"
 
 
 def _around(path: str, member: str) -> bool:
     return not path or member.startswith(f"{path}.")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def names_of(tree: ModuleTree) -> list[str]:

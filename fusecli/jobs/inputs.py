@@ -44,7 +44,7 @@ def as_computed(spec: Spec, checkpoint: Checkpoint) -> tuple[Spec, list[LedgerEn
     quantize = spec.quantize.model_copy(update={"calibrate": _given(spec.quantize.calibrate, dtype)})
     spec = spec.model_copy(update={"inputs": _given(spec.inputs, dtype), "quantize": quantize})
     what = f"random inputs are {dtype}, as most of the model's parameters; a dtype in the spec would win"
-    return spec, [LedgerEntry("input", "inputs", what)]
+    return spec, [LedgerEntry("assumed", "inputs", what)]
 
 
 def computing_dtype(checkpoint: Checkpoint) -> str:

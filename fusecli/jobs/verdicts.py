@@ -11,11 +11,11 @@ from fusecli.engine import Decision
 from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode
 from fusecli.graph.record import Run
-from fusecli.jobs.facts import named
 from fusecli.jobs.fold import Fold
 from fusecli.jobs.inputs import dynamic_axes, samples_of
 from fusecli.jobs.proof import Proof, Tick, prove_alone, prove_with_model
 from fusecli.outcome import Evidence, GroupReport, Judgement, Outcome, Refusal, Verdict
+from fusecli.plain import some
 from fusecli.spec import Spec
 
 STATUS = {
@@ -77,7 +77,7 @@ def on_all_paths(
     result = Judgement.EQUIVALENT if assumed else Judgement.INCONCLUSIVE
     said = f"{sum(open_ones)} of {len(decisions)} groups hold for inputs that go through the modules that ran"
     doubts = [
-        f"{' + '.join(decision.members)}: no input ran {named(decision.unrun)} beside it; give inputs that "
+        f"{' + '.join(decision.members)}: no input ran {some(decision.unrun)} beside it; give inputs that "
         "do, or say --assume-same-path"
         for decision in decisions
         if decision.unrun
@@ -89,6 +89,7 @@ def on_all_paths(
     verdict = replace(
         verdict,
         judgement=worst,
+        smallest_tolerance=verdict.smallest_tolerance if assumed else None,
         checks={**verdict.checks, "paths": said},
         check_results={**verdict.check_results, "paths": result},
         reasons=verdict.reasons if assumed else (*verdict.reasons, *doubts),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.cells import set_cell_size
 
 from fusecli.outcome import FloatReport, Judgement, Quantization, UnitReport
+from fusecli.plain import some
 from fusecli.report.facts import INT8_HAZARD
 from fusecli.report.figures import ABSENT, counted, size
 from fusecli.report.marks import CAUTION, mark
@@ -72,8 +73,7 @@ def whole_model(found: Quantization) -> Iterator[tuple[str, str]]:
         channel = f", {by_angle.place} {cosine(by_angle.value)}" if by_angle else ""
         yield "cosine", f"{cosine(found.cosine)}, the worst sample {cosine(found.worst_cosine)}{channel}"
     if found.constant:
-        more = f" and {len(found.constant) - 3} more" if len(found.constant) > 3 else ""
-        yield "constant", f"one number in int8, not in float: {', '.join(found.constant[:3])}{more}"
+        yield "constant", f"one number in int8, not in float: {some(found.constant)}"
     if found.top1 is not None:
         yield "same top-1", percent(found.top1)
 
@@ -134,8 +134,7 @@ def _left(page: Page, found: Quantization) -> None:
     if found.left:
         page.title("Float", counted(len(found.left), "op"))
     for (kind, reason), places in left_kinds(found.left).items():
-        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-        page.hanging("·", f"{kind}: {', '.join(places[:3])}{more}", column=4)
+        page.hanging("·", f"{kind}: {some(places)}", column=4)
         page.hanging("", reason, style="dim", column=4)
 
 

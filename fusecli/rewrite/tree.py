@@ -34,18 +34,13 @@ class ModuleTree:
         return self.modules[path]
 
     @property
-    def fused_groups(self) -> tuple[tuple[str, ...], ...]:
-        """The groups that fusecli has fused in this model already."""
-        return tuple(self.rules_of_groups)
-
-    @property
     def rules_of_groups(self) -> dict[tuple[str, ...], str]:
-        """Those groups, each with its rules, joined by "+"."""
+        """The groups that fusecli has fused in this model already, each with its rules, joined by "+"."""
         noted = self.model.__dict__.get(_GROUPS)
         return {tuple(group): rule for group, rule in json.loads(noted)} if noted else {}
 
     def note_groups(self, groups: Mapping[tuple[str, ...], str], *, custom: bool) -> None:
-        """Adds to `fused_groups`, unless custom fusers took part, now or before."""
+        """Adds to `rules_of_groups`, unless custom fusers took part, now or before."""
         state, earlier = self.model.__dict__, self.rules_of_groups
         known = {} if custom or state.get(_GROUPS) == "" else {**earlier, **groups}
         # Text, which torch.jit.script takes as an attribute. Empty: names do not tell all that was done.

@@ -50,6 +50,7 @@ def test_a_listed_group_is_inconclusive(case: str) -> None:
     outcome = fusecli.fuse(make(), X, groups=[group])
     assert (outcome.status, outcome.exit_code) == ("inconclusive", INCONCLUSIVE)
     assert outcome.verification is not None
+    assert outcome.verification.smallest_tolerance is None
     assert any(beside in reason and "--assume-same-path" in reason for reason in outcome.verification.reasons)
     assert [entry.where for entry in outcome.ledger if entry.kind == "assumed"] == [beside]
     assert [report.status for report in outcome.groups] == ["inconclusive"]
@@ -180,6 +181,7 @@ def test_on_files(cli: Cli, project: Project) -> None:  # noqa: F811
     )
     ended = cli(*FUSE, "--assume-same-path")
     assert (ended.code, where(ended)) == (0, ["heads.1"])
+    assert "--assume-same-path" in ended.report["next_step"]  # the next command would be inconclusive without
     verify = ("verify", "model.pt", "model.fused.safetensors", *SPEC, "--report", "json=-")
     ended = cli(*verify)
     assert (ended.code, where(ended)) == (INCONCLUSIVE, ["heads.1"])

@@ -73,6 +73,18 @@ class Odd(nn.Module):
         return z
 
 
+class Undefined(Odd):
+    """Where it pads, it returns NaN, which nothing can be held against."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(self.bn(self.stem(x)).relu())
+        return y * (float("nan") if x.shape[-1] % 2 else 1.0)
+
+
 class Divided(nn.Module):
     """A pool whose last window has fewer elements than it is divided by."""
 
@@ -141,6 +153,13 @@ def test_a_listed_one_is_different_and_the_size_is_named(build: Any) -> None:
     assert "2x3x8x8" in " ".join(verdict(outcome).reasons)
     assert "x9" in " ".join(verdict(outcome).reasons)
     assert verdict(outcome).check_results["sizes"] == "different"
+
+
+def test_an_output_that_is_undefined_does_not_hide_what_differs_inside() -> None:
+    outcome = fusecli.fuse(randomise(Undefined(), 1), IMAGES, groups=[["stem", "bn"], ["norm", "conv"]])
+    assert outcome.exit_code == ExitCode.DIFFERENT
+    assert "x9" in " ".join(verdict(outcome).reasons)
+    assert verdict(outcome).first_different == ("norm", "conv")
 
 
 def test_a_dead_head_does_not_hide_it() -> None:

@@ -10,7 +10,7 @@ import torch
 from fusecli.int8.flow import tensor_of
 from fusecli.int8.packed import float_names, integer_weights
 from fusecli.int8.quantize import Quantized, quantize
-from fusecli.int8.rounded import misrounded, other_ops
+from fusecli.int8.rounded import misrounded
 from fusecli.int8.saved import load, save
 from fusecli.int8.units import Options
 from fusecli.sample import Sample
@@ -31,7 +31,6 @@ def wrong(done: Quantized, corrected: bool = False) -> list[str]:
 def test_what_was_converted_holds_them(name: str, weights: str) -> None:
     done = made(name, weights)
     assert wrong(done) == []
-    assert other_ops(done.reference, done.model) == []
 
 
 @pytest.mark.parametrize("weights", ["per-channel", "per-tensor"])
@@ -79,14 +78,7 @@ def test_a_layer_that_reads_no_integers_is_wrong() -> None:
     assert wrong(done) == ["conv.weight"]
 
 
-def test_ops_that_the_model_has_not(tmp_path: Any) -> None:
-    done = made("ConvReLU")
-    (relu,) = (node for node in done.model.graph.nodes if "relu" in str(node.target))
-    relu.target = torch.ops.aten.sigmoid.default
-    assert other_ops(done.reference, done.model) == [relu.name]
-
-
-def test_a_norm_that_stays_is_the_same_op_in_the_file(tmp_path: Any) -> None:
+def test_a_norm_that_stays_holds_its_numbers_in_the_file(tmp_path: Any) -> None:
     """torch saves the results of a norm that nobody reads, too."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 4, 3)).eval()
@@ -94,5 +86,4 @@ def test_a_norm_that_stays_is_the_same_op_in_the_file(tmp_path: Any) -> None:
     save(done, tmp_path / "x.pt2")
     names = [node.name for node in done.model.graph.nodes if node.op == "call_function"]
     again = load(tmp_path / "x.pt2", names)
-    assert other_ops(done.reference, again) == []
     assert misrounded(done.reference, again, done.units, corrected=False) == []

@@ -13,7 +13,7 @@ def test_an_unknown_path() -> None:
 
 
 def test_a_model_that_nobody_fused_has_no_groups() -> None:
-    assert ModuleTree(nets.conv_bn()).fused_groups == ()
+    assert ModuleTree(nets.conv_bn()).rules_of_groups == {}
 
 
 def test_every_alias_is_a_path() -> None:
