@@ -43,7 +43,7 @@ def following(model: nn.Module, joined: Collection[str] = ()) -> Iterator[None]:
     memories = _watched(model, joined)
     yield
     held = [memory for memory in memories if memory.is_held and memory.moved]
-    if any(memory.changes_dtype for memory in held):
+    if any(memory.changes_dtype or memory.changes_device for memory in held):
         gc.collect()  # what only a cycle holds that nobody can reach is not looked at
         held = [memory for memory in held if memory.is_held]
     visible = _visible({memory.key for memory in held if memory.changes_dtype})
@@ -71,6 +71,7 @@ class _Place:
     name: str
     old: TensorWeakRef
     dtype: torch.dtype
+    device: torch.device
     layout: tuple[int, tuple[int, ...], tuple[int, ...]]
     wants_grad: bool | None  # None: a buffer
 
@@ -110,6 +111,10 @@ class _Memory:
     @property
     def changes_dtype(self) -> bool:
         return any(now.dtype != place.dtype for place, now in self.moved)
+
+    @property
+    def changes_device(self) -> bool:
+        return any(now.device != place.device for place, now in self.moved)
 
     def follow(self, visible: list[Tensor], model: nn.Module) -> None:
         """Gives the numbers that stand in the places to everybody who looks at this memory."""
@@ -168,7 +173,7 @@ def _watched(model: nn.Module, joined: Collection[str]) -> list[_Memory]:
                 wants_grad = tensor.requires_grad if held is module._parameters else None
                 layout = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
                 old = TensorWeakRef(tensor)
-                place = _Place(module, attribute, name, old, tensor.dtype, layout, wants_grad)
+                place = _Place(module, attribute, name, old, tensor.dtype, tensor.device, layout, wants_grad)
                 memory.places.append(place)
                 if name in joined:
                     memory.kept = tensor.detach()

@@ -17,6 +17,7 @@ from fusecli.spec.nodes import Finding, Node, Place, Plain, in_order
 from fusecli.spec.wording import escaped, shown
 
 DEEPEST = 20
+_TOO_DEEP = (f"this is nested deeper than {DEEPEST} levels", "a spec needs five at most")
 
 # libyaml is ten times faster; a PyYAML built without it reads the same language.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -84,9 +85,7 @@ class _Reading:
         if isinstance(event, yaml.ScalarEvent):
             return Node(event.value if event.style in {"'", '"', "|", ">"} else Plain(event.value), place)
         if depth > DEEPEST:
-            raise self._stop(
-                place, f"this is nested deeper than {DEEPEST} levels", "a spec needs five at most"
-            )
+            raise self._stop(place, *_TOO_DEEP)
         if isinstance(event, yaml.SequenceStartEvent):
             return Node(list(self._items(events, depth)), place)
         return Node(self._entries(events, depth), place)
@@ -139,6 +138,8 @@ def _syntax(error: yaml.YAMLError, label: str) -> Finding:
     problem = str(getattr(error, "problem", None) or error)
     context = str(getattr(error, "context", None) or "")
     place = _marked(getattr(error, "problem_mark", None), label)
+    if "nesting depth" in problem:  # libyaml reads ahead, and has come to a limit of its own
+        return Finding(place, *_TOO_DEEP)
     if "alias" in context:
         return Finding(place, "a '*' begins a YAML alias here", 'put patterns in quotes: "*.bn"')
     if "mapping values are not allowed" in problem:
