@@ -75,7 +75,9 @@ def fix(value: Node, observer: Any, scale: Tensor, zero_point: Tensor, name: str
     if scale.numel() == 1 and zero_point.numel() in (1, channels):
         scale = scale.expand(channels)
     zero_point = zero_point.to(torch.int64).expand(channels) if zero_point.numel() == 1 else zero_point
-    integers = (observer.quant_min <= zero_point) & (zero_point <= observer.quant_max)
+    # Of the dtype, not of the range in use: torch.ao gives a channel of positive weights alone -128.
+    limits = torch.iinfo(observer.dtype)
+    integers = (limits.min <= zero_point) & (zero_point <= limits.max)
     sane = torch.isfinite(scale).all() and (scale > 0).all() and integers.all()
     if scale.numel() != channels or zero_point.numel() != channels or not sane:
         fix = f"give {channels} finite scales above 0, and {channels} zero points or one"

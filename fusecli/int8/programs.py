@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -21,7 +22,7 @@ from fusecli.sample import tensors_in
 
 _PER_TENSOR = {f"quantized_decomposed.{way}_per_tensor" for way in ("quantize", "dequantize")}
 # Arguments of an op that quantizes or dequantizes per tensor, behind the value that it reads.
-_SCALE, _ZERO_POINT, _LOW, _HIGH = 1, 2, 3, 4
+_SCALE, _ZERO_POINT, _DTYPE = 1, 2, 5
 
 
 def unlike(fresh: ExportedProgram, written: ExportedProgram) -> list[str]:
@@ -151,10 +152,13 @@ def _call(node: Node) -> str:
 
 def _number(mine: Node, index: int, value: Any) -> bool:
     """Whether a scale or zero point is one at all: of the same type, a zero point among the integers."""
-    if type(value) is not type(mine.args[index]):
-        return False
     numbers: tuple[Any, ...] = mine.args
-    return index == _SCALE or bool(numbers[_LOW] <= value <= numbers[_HIGH])
+    if type(value) is not type(numbers[index]):
+        return False
+    if index == _SCALE:
+        return True
+    limits = torch.iinfo(numbers[_DTYPE])
+    return bool(limits.min <= value <= limits.max)
 
 
 def _equal(one: Any, other: Any, same: Mapping[Node, Node]) -> bool:

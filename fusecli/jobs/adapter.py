@@ -52,6 +52,7 @@ class Adapter:
     strength: float
     divided: str = ""  # "", "rank" or "root"
     rank: int | None = None  # that every layer is said to have
+    peft: bool = False  # whether PEFT has written it
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -88,8 +89,10 @@ def open_adapter(spec: AdapterSpec, folder: Path, where: str) -> Adapter:
     except FusecliError as error:
         problems = (Problem(f"the adapter: {p.what}", f"{where}: {p.where}", p.fix) for p in error.problems)
         raise type(error)(*problems) from error
-    found = Adapter(checkpoint.path, checkpoint.sha256(), _pairs(checkpoint), spec.scale or 0.0)
     beside = checkpoint.path.parent
+    peft = (beside / CONFIG).is_file() or any(name.startswith(_PEFT) for name in checkpoint.tensors)
+    pairs = _pairs(checkpoint)
+    found = Adapter(checkpoint.path, checkpoint.sha256(), pairs, spec.scale or 0.0, peft=peft)
     if spec.scale is None and spec.alpha is None:
         strength = configured(beside, where)
         return replace(found, strength=strength.alpha, divided=strength.divided, rank=strength.rank)
@@ -153,7 +156,8 @@ def dress(model: nn.Module, adapter: Adapter, tied: Collection[str] = ()) -> Non
     for path, pair in adapter.pairs.items():
         layer = tree[path]
         others = [name for name in names[id(layer)] if name != path]
-        if no := _unfit(layer, others, f"{path}.weight" in tied):
+        no = _unfit(layer, others, f"{path}.weight" in tied) or (_bare(layer) if adapter.peft else "")
+        if no:
             refused.append(
                 Problem(f"{path}: {no}", where, "merge it yourself, or take it out of the adapter")
             )
@@ -202,6 +206,16 @@ def _unfit(layer: nn.Module, others: Sequence[str], tied: bool) -> str:
     if "forward" in vars(layer):
         return "its forward was put on the instance"
     return "its weight is the same memory as another tensor (tied-weights)" if tied else ""
+
+
+def _bare(layer: nn.Module) -> str:
+    """Why PEFT's A is no convolution like the layer: it is made with its stride and padding, and no more."""
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return f"it pads with padding_mode {layer.padding_mode!r}, and PEFT has trained its A with zeros"
+    dilation = getattr(layer, "dilation", (1,))
+    if any(step != 1 for step in dilation):
+        return f"it is a convolution of dilation {tuple(dilation)}, and PEFT has trained its A without one"
+    return ""
 
 
 def _misshapen(layer: nn.Module, pair: Pair, adapter: Adapter) -> Iterator[tuple[str, str]]:

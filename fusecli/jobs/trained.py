@@ -21,7 +21,7 @@ from fusecli.graph.kinds import is_norm
 from fusecli.graph.record import Run
 from fusecli.jobs.inputs import samples_of
 from fusecli.jobs.source import Source, module_names
-from fusecli.qat.qparams import QParams, integers_of, unobserved
+from fusecli.qat.qparams import QParams, integers_of, too_wide, unobserved
 from fusecli.rewrite import Container, Manifest, ModuleTree
 from fusecli.spec import Spec
 from fusecli.spec.names import NameTree
@@ -43,7 +43,7 @@ class StoredScale:
         """The numbers, with the integers they are meant for; or why they are no scale of anything."""
         scale, zero_point = self.scale.load().clone(), self.zero_point.load().clone()
         low, high = (stored.load() for stored in self.seen) if self.seen else (None, None)
-        if why := unobserved(scale, low, high):
+        if why := unobserved(scale, low, high) or too_wide(scale, zero_point, low, high):
             return why
         return QParams(scale, zero_point, integers_of(scale, zero_point, low, high, weight=weight))
 

@@ -16,7 +16,8 @@ class Adapted(nn.Module):
     """y = layer(x) + scale B(A(x)): a Linear or Conv1-3d with lora_A and lora_B besides its own parameters.
 
     Shapes: Linear A [r, i], B [o, r]; convolution A [r, i, *k] with the layer's own geometry, B [o, r, 1..].
-    Source: Hu et al. 2022 (LoRA), equation 3; for convolutions as the PEFT library has it.
+    Source: Hu et al. 2022 (LoRA), equation 3. The PEFT library gives A neither dilation nor padding mode, so
+    its adapters of convolutions that have one are none of these.
     """
 
     SOURCES: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")

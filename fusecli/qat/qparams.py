@@ -11,9 +11,15 @@ from torch import Tensor
 Integers = tuple[int, int]
 UNSIGNED: Integers = (0, 255)
 SIGNED: Integers = (-128, 127)
-# What torch.ao's fake quantizers round to: quint8 and qint8, in 7 bits too, and without the lowest integer.
-_UNSIGNED = (UNSIGNED, (0, 127))
-_SIGNED = (SIGNED, (-127, 127), (-64, 63))
+# What torch.ao rounds to: quint8 and qint8, also in fewer bits and without the lowest integer.
+_UNSIGNED = tuple((0, 2**bits - 1) for bits in range(8, 2, -1))
+_SIGNED = tuple(
+    (least - 2 ** (bits - 1), 2 ** (bits - 1) - 1) for bits in range(8, 2, -1) for least in (0, 1)
+)
+# And where their dtype has more bits.
+_WIDE = tuple(
+    pair for bits in range(9, 17) for pair in ((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), (0, 2**bits - 1))
+)
 _ROOM = 1e-3  # of a scale; what lies between two of these ranges is 4e-3 and more
 
 
@@ -51,6 +57,17 @@ def unobserved(scale: Tensor, lowest: Tensor | None, highest: Tensor | None) -> 
         if seen is not None and not (seen.numel() and bool(torch.isfinite(seen).all())):
             return "its observer has never seen a value"
     return ""
+
+
+def too_wide(scale: Tensor, zero_point: Tensor, lowest: Tensor | None, highest: Tensor | None) -> str:
+    """Why a scale was made for integers that eight bits do not hold; "" if it was not, or nothing tells."""
+    least, most = int(zero_point.min()), int(zero_point.max())
+    wide = least < SIGNED[0] or most > UNSIGNED[1]
+    if not wide and lowest is not None and highest is not None:
+        low, high = lowest.double().flatten().clamp(max=0), highest.double().flatten().clamp(min=0)
+        made = (pair for integers in _WIDE for pair in _made(low, high, integers))
+        wide = any(_fits(scale, zero_point, *pair) for pair in made)
+    return "it was learned for integers of more than 8 bits" if wide else ""
 
 
 def integers_of(

@@ -386,6 +386,20 @@ def test_a_counter_of_somebodys_own_stays(folder: Path) -> None:
         assert set(checkpoint.tensors) == {"n_averaged", "module.weight", "other"}
 
 
+def test_a_channel_of_positive_weights_alone(folder: Path, cli: Cli) -> None:
+    """torch.ao's fused fake quantizer gives it the zero point -128, symmetric or not."""
+    pytest.importorskip("torchao")
+    case = Case("prepared", "Plain", "unsigned", "per-channel")
+    state = trained(case).state_dict()
+    state["a.weight"][0].abs_()
+    state["a.weight_fake_quant.scale"][0] = state["a.weight"][0].max() / 255
+    state["a.weight_fake_quant.zero_point"][0] = -128
+    write(case, state)
+    assert cli("quantize", "qat.pt", *WORDS, "-o", "int8.safetensors").code == 0
+    assert cli("verify", "qat.pt", "int8.safetensors", *WORDS).code == 0
+    assert load_file("int8.safetensors")["a.weight.zero_point"][0] == -128
+
+
 def test_artifacts_of_before_have_noted_no_integers(folder: Path, cli: Cli) -> None:
     pytest.importorskip("torchao")
     case = Case("prepared", "Plain", "unsigned", "per-channel")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusecli.qat.qparams import SIGNED, UNSIGNED, QParams, integers_of, unobserved
+from fusecli.qat.qparams import SIGNED, UNSIGNED, QParams, integers_of, too_wide, unobserved
 from tests.qat.oracle import torch_ao
 
 # dtype, quant_min, quant_max, symmetric
@@ -78,6 +78,32 @@ def test_scales_that_no_equation_gives() -> None:
     scale, zero, high = torch.tensor([0.01]), torch.tensor([0]), torch.tensor(4.0)
     assert integers_of(scale, zero, torch.tensor(-4.0), high, weight=False) == SIGNED
     assert integers_of(scale, zero, torch.tensor(0.0), high, weight=False) == UNSIGNED
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 6])
+def test_fewer_bits_and_a_zero_point_above_0(bits: int) -> None:
+    """Signed values, few of them negative: read as unsigned, all below the zero point would be clipped."""
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = torch.tensor(-6.0), torch.tensor(2.0)
+    scale = ((high - low) / (highest - lowest)).reshape(1)
+    zero = (lowest - (low / scale).round()).int()
+    assert zero > 0
+    assert integers_of(scale, zero, low, high, weight=False) == (lowest, highest)
+    assert too_wide(scale, zero, low, high) == ""
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(-32768, 32767), (0, 65535), (-2048, 2047), (0, 1023)])
+def test_more_bits_than_int8_has(lowest: int, highest: int) -> None:
+    for low, high in ((torch.tensor(-5.0), torch.tensor(3.0)), (torch.tensor(0.0), torch.tensor(2.0))):
+        scale = ((high - low) / (highest - lowest)).reshape(1)
+        zero = (lowest - (low / scale).round()).int()
+        assert "more than 8 bits" in too_wide(scale, zero, low, high)
+
+
+@pytest.mark.parametrize("what", MADE)
+@pytest.mark.parametrize("values", VALUES)
+def test_eight_bits_are_not_too_wide(what: str, values: str) -> None:
+    assert too_wide(*observed(what, VALUES[values])) == ""
 
 
 def test_for_each_channel() -> None:

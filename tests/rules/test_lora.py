@@ -353,11 +353,15 @@ def test_the_exact_sum_rounded_once(rank: int, dtype: torch.dtype, scale: float,
             assert_nearest(stored[o, i], exact_sum(net.q.weight.detach(), down, up, scale, (o, i)))
 
 
+@pytest.mark.parametrize("peft", [True, False])
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_a_convolution_as_peft_has_it(rank: int, tmp_path: Path) -> None:
+def test_a_convolution_with_its_own_geometry(rank: int, peft: bool, tmp_path: Path) -> None:
     make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
-    net = nets.randomise(nets.chain(conv=make(3, 6, 3, stride=2, padding=1, padding_mode="reflect")), 0)
+    more = {} if peft else {"padding_mode": "reflect", "dilation": 2}
+    net = nets.randomise(nets.chain(conv=make(3, 6, 3, stride=2, padding=1, **more)), 0)
     tensors = pair("conv", (2, 3, *[3] * rank), (6, 2, *[1] * rank))
+    if not peft:
+        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / "a.safetensors")
     outcome = fuse(
         net, nets.images(2, 3, *[6] * rank), adapter={"file": str(tmp_path / "a.safetensors"), "alpha": 4}
@@ -370,6 +374,29 @@ def test_a_convolution_as_peft_has_it(rank: int, tmp_path: Path) -> None:
     ).view(6, 3, *[3] * rank)
     stored = outcome.model.conv.weight.detach().double()
     assert ((stored - exact).abs() <= exact.abs() * 2.0**-24 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"padding": 1, "padding_mode": "reflect"}, "it pads with padding_mode 'reflect'"),
+        ({"padding": "same", "dilation": 2}, "it is a convolution of dilation (2, 2)"),
+    ],
+)
+def test_a_convolution_that_peft_has_trained_otherwise(
+    more: dict[str, Any], message: str, named: bool, tmp_path: Path
+) -> None:
+    """PEFT makes A with the layer's stride and padding only, so what was trained is no sum of W and B A."""
+    net = nets.chain(conv=nn.Conv2d(3, 6, 3, **more))
+    tensors = pair("conv", (2, 3, 3, 3), (6, 2, 1, 1))
+    if not named:  # PEFT's configuration lies beside it
+        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(RefusedError) as refused:
+        fuse(net, nets.images(2, 3, 6, 6), adapter={"file": str(tmp_path / "a.safetensors"), "alpha": 4})
+    assert message in str(refused.value)
 
 
 def test_what_an_adapted_layer_computes() -> None:
