@@ -23,7 +23,8 @@ from fusecli.equivalence.training import Training
 from fusecli.outcome import Judgement, LedgerEntry, Verdict
 from fusecli.plain import some
 
-_FAST = "the fast path that torch takes without hooks and modes"
+_FAST = "on the fast path that torch takes without hooks and modes"
+_BY_DTYPE = "in the stored dtype, where the original computes something else than in float64"
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Findings:
     sizes      for which sizes the verdict speaks; None: no others were tried
     way        the operations of the original on the first sample, by name
     unwatched  as users run it, the original is another function than in float64 under hooks: a fast path
+    by_dtype   in its stored dtype the original is another function than in float64, and the fold is not
     """
 
     checks: list[GroupCheck]
@@ -53,6 +55,7 @@ class Findings:
     misstored: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     unwatched: bool = False
+    by_dtype: bool = False
     sizes: Shown | None = None
     ledger: list[LedgerEntry] = field(default_factory=list)
     way: list[str] = field(default_factory=list)
@@ -149,9 +152,9 @@ def _differences(found: Findings, different: Sequence[GroupCheck]) -> list[str]:
     if found.too_far and not found.broken:
         noise = f"10 times the noise floor {found.noise or 0.0:.1e}"
         drift = f"drift {found.drift or math.inf:.1e}"
-        if found.unwatched:
+        if found.unwatched or found.by_dtype:
             error = f"{found.drift or math.inf:.1e}"
-            drift = f"as users run them, on {_FAST}, original and fold differ by {error}, which"
+            drift = f"as users run them, {_BY_DTYPE if found.by_dtype else _FAST}, original and fold differ by {error}, which"
         reasons.append(f"{drift} is above {noise}")
     trains = found.training is None or found.training.judgement is not Judgement.DIFFERENT
     reasons += [] if trains else [f"in train mode {found.training.said}"]  # type: ignore[union-attr]
@@ -207,7 +210,7 @@ def _sentences(found: Findings) -> dict[str, str]:
     drift = "not measured end to end"
     if found.drift is not None and found.noise is not None:
         drift = f"{found.drift:.1e} against the original's own {found.noise:.1e} in the stored dtype"
-        drift += f", on {_FAST}" if found.unwatched else ""
+        drift += f", {_FAST}" if found.unwatched else ""
     power = f"{noticed} of {total} groups ran and notice 1 % of error in their weights"
     if drawn := sum(check.drawn for check in checks):
         power += f", {drawn} of them on random numbers: nothing shows in what flows in"

@@ -86,8 +86,19 @@ def _inside(value: Any) -> Iterator[Any]:
         try:
             state = object.__getattribute__(value, "__dict__")
         except AttributeError:
-            return
+            state = {}
         yield from state.values()
+        yield from _slots(value)
+
+
+def _slots(value: Any) -> Iterator[Any]:
+    for cls in type(value).__mro__:
+        for slot in vars(cls).values():
+            if isinstance(slot, types.MemberDescriptorType):
+                try:
+                    yield slot.__get__(value)
+                except AttributeError:  # it has no value yet
+                    continue
 
 
 def _enclosed(function: types.FunctionType) -> Iterator[Any]:

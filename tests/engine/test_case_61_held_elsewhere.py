@@ -107,7 +107,21 @@ def _run_partial(net: Any, x: Tensor) -> Tensor:
     return net.layers(x)
 
 
-HOLDS = [in_list, in_dict, nested, in_an_object, in_a_loose_sequential, as_methods, as_partial]
+class Slots:
+    __slots__ = ("act", "bn", "conv", "unset")
+
+
+class MoreSlots(Slots):
+    __slots__ = ()
+
+
+def in_slots(net: Any) -> None:
+    net.layers = MoreSlots()
+    net.layers.conv, net.layers.bn, net.layers.act = net.conv, net.bn, net.act
+    net.run = _run_object
+
+
+HOLDS = [in_list, in_dict, nested, in_an_object, in_slots, in_a_loose_sequential, as_methods, as_partial]
 
 
 def net_of(hold: Callable[[Any], None]) -> Any:

@@ -218,3 +218,32 @@ def test_a_weight_that_the_op_of_an_rnn_reads_stays(rnn: type[nn.RNNBase]) -> No
     assert folded(outcome) == [("first", "bn")]
     with torch.no_grad():
         assert relative_error(outcome.model(x), model(x)) < 1e-4
+
+
+class ByDtype(nn.BatchNorm2d):
+    """Another function in the dtype that users run it in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        scaled = 1.0 if input.dtype == torch.float64 else 1.5
+        return super().forward(input) * scaled
+
+
+@pytest.mark.parametrize("asked", [{"discover": True}, {"groups": [["0", "1"]]}], ids=["found", "listed"])
+def test_a_norm_that_is_another_function_in_its_own_dtype_is_different(asked: Any) -> None:
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), ByDtype(4), nn.ReLU(), nn.Conv2d(4, 2, 1)), 3)
+    outcome = fusecli.fuse(model, images(2, 3, 8, 8), **asked)
+    assert outcome.exit_code == ExitCode.DIFFERENT
+    assert outcome.model is None
+    assert outcome.verification is not None
+    assert "in the stored dtype, where the original computes something else than in float64" in str(
+        outcome.verification.reasons
+    )
+
+
+def test_a_fold_that_rounds_less_than_the_original_is_equivalent() -> None:
+    model: Any = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 3)
+    for huge in (1e5, 1e6, 1e7):
+        with torch.no_grad():
+            model[0].bias += huge
+            model[1].running_mean += huge
+        assert fusecli.fuse(model, images(2, 3, 8, 8), discover=True).status == "fused"
