@@ -19,7 +19,7 @@ from fusecli.sample import Sample, tensors_in
 
 Axes = tuple[int, ...] | None  # of one input those that may vary; None: any
 Change = frozenset[tuple[int, int]]  # which input, counted from 0, is longer along which of its axes
-_ATTEMPTS = 16
+_ATTEMPTS = 32  # one that the original does not take ends early
 
 
 @dataclass
@@ -63,16 +63,17 @@ def at_other_sizes(
     free = [_free(t, dynamic[i] if i < len(dynamic) else None) for i, t in enumerate(tensors)]
     shown = Shown(sizes_of(sample), fixed=bool(tensors) and not any(free))
     batch, others = _batch(tensors, free), list(_others(tensors, free))
-    left = _ATTEMPTS
+    tried: dict[Change, bool] = {}
 
     def runs(change: Change) -> bool:
         """Whether the original runs so; what is found goes to `shown`."""
-        nonlocal left
-        if not change or shown.wrong is not None or left <= 0:
+        if change in tried:
+            return tried[change]
+        if not change or shown.wrong is not None or len(tried) >= _ATTEMPTS:
             return False
-        left -= 1
         longer = _longer(sample, change)
         found = differs(longer)
+        tried[change] = found is not None
         if found is None:
             return False
         name = sizes_of(longer)
@@ -122,30 +123,30 @@ def _batch(tensors: Sequence[Tensor], free: Sequence[frozenset[int]]) -> Change:
 
 
 def _others(tensors: Sequence[Tensor], free: Sequence[frozenset[int]]) -> Iterator[tuple[Change, ...]]:
-    """Every other axis, once: with the axes of other inputs that are as long, and by itself."""
-    seen: set[Change] = set()
+    """Every other axis, with what may have to grow along: axes that are as long, the likelier first."""
     for i, tensor in enumerate(tensors):
         for axis in range(1, tensor.ndim):
-            alone = frozenset([(i, axis)]) if axis in free[i] else frozenset()
-            along = (alone.union(_beside(tensors, free, i, axis))) if alone else alone
-            choices = tuple(
-                change for change in dict.fromkeys((along, alone)) if change and change not in seen
-            )
-            seen.update(choices)
-            if choices:
-                yield choices
+            if axis in free[i]:
+                yield tuple(dict.fromkeys(_choices(tensors, free, i, axis)))
 
 
-def _beside(
+def _choices(
     tensors: Sequence[Tensor], free: Sequence[frozenset[int]], number: int, axis: int
-) -> Iterator[tuple[int, int]]:
-    """The axes of other inputs that are likely to be the same: a mask beside what it masks."""
-    size, rank = tensors[number].shape[axis], tensors[number].ndim
-    for i, other in enumerate(tensors):
-        if i == number:
-            continue
-        likely = [axis] if other.ndim == rank else range(1, other.ndim)
-        yield from ((i, a) for a in likely if a in free[i] and other.shape[a] == size)
+) -> Iterator[Change]:
+    """A mask beside what it masks has the same axis, counted from either end, or, of pairs, twice; some
+    networks take squares only."""
+    own, rank, size = (number, axis), tensors[number].ndim, tensors[number].shape[axis]
+    alike = [
+        (i, a) for i, t in enumerate(tensors) for a in range(1, t.ndim) if a in free[i] and t.shape[a] == size
+    ]
+    others = [(i, a) for i, a in alike if i != number]
+    alone = frozenset([own])
+    yield alone.union((i, a) for i, a in others if a == axis or tensors[i].ndim != rank)
+    yield alone.union(others)
+    yield alone.union((i, a) for i, a in others if a - tensors[i].ndim == axis - rank)
+    yield alone.union((i, a) for i, a in others if a == axis)
+    yield alone
+    yield alone.union(alike)
 
 
 def _longer(sample: Sample, change: Change) -> Sample:

@@ -4,6 +4,7 @@ image."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -263,6 +264,48 @@ def test_inputs_that_fit_together_grow_together() -> None:
     outcome = fusecli.fuse(randomise(Masked(), 0), inputs, groups=[["linear", "bn"]])
     assert outcome.status == "fused", verdict(outcome).reasons
     assert "3x6, 3x6, 1x3x7" in sizes(outcome)
+
+
+class OddBehindMask(nn.Module):
+    """As `Odd`, with inputs that have to grow along with the image: which, and where, is not plain to see."""
+
+    def __init__(self, mask: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.mask, self.norm, self.conv = mask, nn.BatchNorm2d(3), nn.Conv2d(3, 4, 2, stride=2)
+
+    def forward(self, x: Tensor, *masks: Tensor) -> Tensor:
+        y = self.norm((x * self.mask(*masks)).relu())
+        if y.shape[-1] % 2:
+            y = F.pad(y, (0, 1))
+        z: Tensor = self.conv(y)
+        return z
+
+
+def _square(x: Tensor) -> Tensor:
+    assert x.shape[-1] == x.shape[-2], "squares only"
+    return x
+
+
+GROWING: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "a mask of a square image": (lambda m: m[:, None], (images(2, 8, 8),)),
+    "a row": (lambda row: row[:, None, None], (images(2, 8),)),
+    "pairs": (lambda p: p.diagonal(dim1=1, dim2=2)[:, None, None], (images(2, 8, 8),)),
+    "pairs beside a row": (
+        lambda row, p: row[:, None, None] * p.diagonal(dim1=1, dim2=2)[:, None, None],
+        (images(2, 8), images(2, 8, 8)),
+    ),
+    "squares only": (lambda m: _square(m)[:, None], (images(2, 8, 8),)),
+}
+
+
+@pytest.mark.parametrize(("mask", "masks"), GROWING.values(), ids=GROWING)
+def test_the_axes_that_have_to_grow_together_are_found(
+    mask: Callable[..., Tensor], masks: tuple[Tensor, ...]
+) -> None:
+    model = randomise(OddBehindMask(mask), 1)
+    outcome = fusecli.fuse(model, (IMAGES, *masks), groups=[["norm", "conv"]])
+    assert outcome.exit_code == ExitCode.DIFFERENT, outcome
+    assert verdict(outcome).check_results["sizes"] == "different"
 
 
 def test_integers_stay_in_the_range_that_was_seen() -> None:
