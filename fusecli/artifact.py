@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -26,6 +28,7 @@ from fusecli.outcome import Mode
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
 
 _MOST_NAMES = 3
+_FOLDED = "leave out the groups that the model's loading code needs as they were"
 
 
 def load_fused(
@@ -74,7 +77,7 @@ def load_into(
     for name in manifest.learned:
         state.pop(name, None)
     state._metadata = versions_of(model)  # type: ignore[attr-defined]
-    load_strictly(model, state, where)
+    load_strictly(model, state, where, remedy=_FOLDED)
     custom = any(isinstance(edit, Opaque) for edit in edits)
     ModuleTree(model).note_groups({group.planned: group.rule for group in manifest.groups}, custom=custom)
     model.train(manifest.mode == "qat")
@@ -133,12 +136,17 @@ def replay(model: nn.Module, edits: Iterable[Edit], where: str) -> None:
 
 
 def load_strictly(
-    model: nn.Module, state: Mapping[str, Any], where: str, joined: Collection[str] = ()
+    model: nn.Module,
+    state: Mapping[str, Any],
+    where: str,
+    joined: Collection[str] = (),
+    remedy: str = "load_state_dict ends so too",
 ) -> None:
     """Loads every tensor in its stored dtype. What the model keeps of them elsewhere (a list, a view, a
     closure) has the loaded numbers too, and parameters that were one object stay one, with the last one's.
 
     joined  names of tensors that share memory, and go on to
+    remedy  what to do about loading code of the model's that raises
 
     Raises UsageError naming missing and unexpected keys, shapes that differ, and what cannot be loaded so
     that all who look at it see it.
@@ -163,7 +171,7 @@ def load_strictly(
     del expected  # it looks at the memory that the model was built with
     try:
         with following(model, joined):
-            outcome = model.load_state_dict(moved, strict=False, assign=True)
+            outcome = _loaded_by(model, moved)
     except LeftBehind as left:
         raise UsageError(Problem(str(left), where, left.remedy)) from left
     except RuntimeError as error:
@@ -172,11 +180,37 @@ def load_strictly(
         raise UsageError(Problem(f"the model does not take its tensors: {said}", where, fix)) from error
     except Exception as error:  # whatever somebody's loading code may raise
         what = f"{type(model).__name__} cannot load it: {type(error).__name__}: {error}"
-        raise UsageError(Problem(what, where, "load_state_dict ends so too")) from error
-    missing = needed.intersection(outcome.missing_keys)
-    if missing or outcome.unexpected_keys:
-        raise UsageError(*_differences(missing, outcome.unexpected_keys, known, where))
+        raise UsageError(Problem(what, where, remedy)) from error
+    if outcome is None and problems:  # a load_state_dict that says nothing of what was missing
+        raise UsageError(*problems)
+    missing = needed.intersection(outcome.missing_keys) if outcome else set()
+    unexpected = outcome.unexpected_keys if outcome else []
+    if missing or unexpected:
+        raise UsageError(*_differences(missing, unexpected, known, where))
     tie(model, ties)
+
+
+def _loaded_by(model: nn.Module, state: Mapping[str, Any]) -> Any:
+    """What the model's load_state_dict returns: torch's, or one of its own that takes less than torch's."""
+    takes = inspect.signature(model.load_state_dict).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+        return model.load_state_dict(state, strict=False, assign=True)
+    if "assign" not in takes:  # what it copies has the dtype of the file all the same
+        _give_dtypes(model, state)
+    said = {"strict": False, "assign": True}
+    return model.load_state_dict(state, **{name: value for name, value in said.items() if name in takes})
+
+
+def _give_dtypes(model: nn.Module, state: Mapping[str, Any]) -> None:
+    for path, module in model.named_modules(remove_duplicate=False):
+        places: tuple[dict[str, Tensor | None], ...] = (module._parameters, module._buffers)
+        for name, held in ((name, held) for place in places for name, held in place.items()):
+            given = state.get(f"{path}.{name}" if path else name)
+            if held is None or not isinstance(given, Tensor) or given.dtype == held.dtype:
+                continue
+            fresh = torch.empty_like(held, dtype=given.dtype, requires_grad=False)
+            is_parameter = isinstance(held, nn.Parameter)
+            setattr(module, name, nn.Parameter(fresh, held.requires_grad) if is_parameter else fresh)
 
 
 def require_shapes(model: nn.Module) -> None:
@@ -200,6 +234,10 @@ def _differences(
     if prefix := _wrapper(missing, unexpected):
         what = f"the model's names begin with '{prefix}', those of the file do not: it is wrapped"
         return [Problem(what, where, "let the factory return the model itself")]
+    if missing and (prefix := _wrapper(unexpected, known)):
+        what = f"the file's names begin with '{prefix}', those of the model do not: another class held it"
+        fix = f"name the prefix in the spec: checkpoint: {{strip_prefix: ['{prefix}']}}"
+        return [Problem(what, where, fix)]
     problems = []
     if missing:
         problems.append(Problem(f"the model needs {_some(missing)}, which the file has not got", where, fix))

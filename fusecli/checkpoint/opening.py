@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from fusecli.consent import Consent
 MANIFEST = "fusecli"
 AVERAGED = "n_averaged"  # how many models torch.optim.swa_utils.AveragedModel has averaged
 Kept = TypeVar("Kept")
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +237,8 @@ def _averaged(tensors: Mapping[str, Kept]) -> tuple[dict[str, Kept], tuple[str, 
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    while isinstance(module, _PARALLEL):
-        module = module.module
+    while isinstance(module, _WRAPPERS):
+        module = cast(nn.Module, module.module)
     return module
 
 

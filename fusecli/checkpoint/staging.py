@@ -7,10 +7,11 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fusecli.checkpoint.trouble import misused, unreadable
+from fusecli.errors import FusecliError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NAME_BYTES = 200  # of 255 in a file name: room for the random part
@@ -72,6 +73,9 @@ def staged(target: Path, force: bool, source: Path, protected: Sequence[Path] = 
     temporary = _create_beside(target)
     try:
         yield Staged(temporary, target, source, force, tuple(protected))
+    except FusecliError as error:  # nobody knows the temporary name
+        named = (replace(p, where=p.where.replace(str(temporary), str(target))) for p in error.problems)
+        raise type(error)(*named) from error
     except OSError as error:
         if error.errno not in _FULL:
             raise

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fusecli.graph.materialise import duplicate
+from fusecli.nn.duplicate import tensors_held
 
 
 def fake_twin(structure: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -28,13 +29,7 @@ def fake_twin(structure: nn.Module, mode: FakeTensorMode) -> nn.Module:
             return nn.Parameter(twin, tensor.requires_grad)
         return twin
 
-    held = (
-        tensor
-        for module in structure.modules()
-        for owned in (module._parameters, module._buffers, vars(module))
-        for tensor in owned.values()
-        if isinstance(tensor, Tensor)
-    )
+    held = (tensor for module in structure.modules() for _, tensor in tensors_held(module))
     return duplicate(structure, {id(tensor): fake(tensor) for tensor in held})
 
 

@@ -378,6 +378,23 @@ def test_the_average_of_a_model(folder: Path, cli: Cli, prepared: bool) -> None:
         assert "n_averaged" not in checkpoint.tensors
 
 
+def test_the_average_that_was_pickled_whole(folder: Path, cli: Cli) -> None:
+    """As of DataParallel, what it wraps is the model."""
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1)
+    torch.save(torch.optim.swa_utils.AveragedModel(model), "whole.pt")
+    spec = {
+        "version": 1,
+        "inputs": [{"shape": [2, 3, 6, 6]}],
+        "groups": [["0", "1"]],
+        "verify": {"samples": 1},
+    }
+    Path("fuse.yaml").write_text(json.dumps(spec))
+    words = ["--spec", "fuse.yaml", "--allow-pickle"]
+    done = cli("fuse", "whole.pt", *words, "-o", "out.safetensors")
+    assert done.code == 0, done.err
+    assert load_file("out.safetensors").keys() == {"0.weight", "0.bias"}
+
+
 def test_a_counter_of_somebodys_own_stays(folder: Path) -> None:
     torch.save(
         {"n_averaged": torch.tensor(3), "module.weight": torch.ones(2), "other": torch.ones(2)}, "own.pt"
