@@ -154,7 +154,8 @@ def _differences(found: Findings, different: Sequence[GroupCheck]) -> list[str]:
         drift = f"drift {found.drift or math.inf:.1e}"
         if found.unwatched or found.by_dtype:
             error = f"{found.drift or math.inf:.1e}"
-            drift = f"as users run them, {_BY_DTYPE if found.by_dtype else _FAST}, original and fold differ by {error}, which"
+            where = _BY_DTYPE if found.by_dtype else _FAST
+            drift = f"as users run them, {where}, original and fold differ by {error}, which"
         reasons.append(f"{drift} is above {noise}")
     trains = found.training is None or found.training.judgement is not Judgement.DIFFERENT
     reasons += [] if trains else [f"in train mode {found.training.said}"]  # type: ignore[union-attr]
