@@ -117,6 +117,7 @@ class Recording:
     held        modules that something outside of the module tree holds too: a call that comes from there is
                 no call of the module
     places      for the calls that ask for numbers, the line of somebody's code that does
+    by_size     the lines on which the forward of a module that ran decides by sizes
     """
 
     values: tuple[Value, ...]
@@ -130,6 +131,7 @@ class Recording:
     elsewhere: Mapping[str, int] = field(default_factory=dict)
     held: Mapping[str, Hold] = field(default_factory=dict)
     places: Mapping[int, str] = field(default_factory=dict)
+    by_size: tuple[str, ...] = ()
 
     def held_by(self, path: str) -> Hold | None:
         """What holds the module at `path`; or the function that holds one around it, in which case a copy of

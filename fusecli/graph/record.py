@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from fusecli.graph.dataflow import Recording
 from fusecli.graph.fakes import fake_twin, forget
 from fusecli.graph.held import Hold, changes_in_a_fold, modules_held
 from fusecli.graph.memory import same_memory
+from fusecli.graph.places import decisions_by_size
 from fusecli.graph.recorder import Recorder
 from fusecli.nn.shallow import shallow_copy
 from fusecli.sample import Sample, mapped, seeded
@@ -150,7 +151,11 @@ class Run:
             output = mapped(output, Tensor.detach)
             recorder.outlives(model)
             output = None
-        return recorder.recording(same_memory(self.structure), self.held)
+        recording = recorder.recording(same_memory(self.structure), self.held)
+        modules = dict(model.named_modules())
+        ran = {type(modules[visit.path]): None for visit in recording.visits if visit.path in modules}
+        decisions = dict.fromkeys(line for cls in ran for line in decisions_by_size(cls))  # type: ignore[arg-type]  # a class is hashable
+        return replace(recording, by_size=tuple(decisions))
 
     def _stand_alone(self, model: nn.Module) -> None:
         """Puts other objects in the places of modules that are held a second time, as a fold would: a call

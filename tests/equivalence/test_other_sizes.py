@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -388,3 +389,41 @@ def test_a_plan_does_not_propose_it(build: Any) -> None:
     assert left.code == "dropped"
     assert "it holds at 2x3x8x8, but not at" in left.reason
     assert fusecli.plan(randomise(Free(), 2), IMAGES).unfused == ()
+
+
+class ByHeight(nn.Module):
+    """Goes another way far from the sizes that are tried, which only its text shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        if y.ndim != 4 or self.conv.weight.shape[0] > 100:
+            raise ValueError("an image")
+        height = y.shape[-2]
+        y = y.abs() if height > 20 else y  # this one
+        if self.conv.weight.shape[0] > 2:
+            y = y * 2
+        return self.head(y if len(x) < 100 else y.relu())  # and this one
+
+
+def test_decisions_by_size_that_no_tried_size_shows_are_named() -> None:
+    model = randomise(ByHeight(), 1)
+    lines = Path(__file__).read_text().splitlines()
+    places = [
+        f"equivalence/test_other_sizes.py:{number} in ByHeight.forward"
+        for number, line in enumerate(lines, 1)
+        if line.endswith(("# this one", "# and this one"))
+    ]
+    outcome = fusecli.fuse(model, IMAGES, discover=True)
+    assert outcome.exit_code == ExitCode.OK
+    assert outcome.model is not None
+    (entry,) = [entry for entry in outcome.ledger if entry.kind == "sizes"]
+    assert entry.where == ", ".join(places)
+    assert "forward decides by sizes here" in entry.what
+    assert places[0] in fusecli.plan(model, IMAGES).text
+    ledger = fusecli.verify(model, outcome.model, IMAGES).ledger
+    assert [entry.where for entry in ledger if entry.kind == "sizes"] == [", ".join(places)]
+    assert not fusecli.fuse(randomise(Free(), 2), IMAGES, discover=True).ledger
