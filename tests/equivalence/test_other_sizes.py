@@ -426,4 +426,5 @@ def test_decisions_by_size_that_no_tried_size_shows_are_named() -> None:
     assert places[0] in fusecli.plan(model, IMAGES).text
     ledger = fusecli.verify(model, outcome.model, IMAGES).ledger
     assert [entry.where for entry in ledger if entry.kind == "sizes"] == [", ".join(places)]
-    assert not fusecli.fuse(randomise(Free(), 2), IMAGES, discover=True).ledger
+    plain = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2)
+    assert not fusecli.fuse(plain, IMAGES, discover=True).ledger
