@@ -161,11 +161,13 @@ def on_a_terminal(answer: str, *words: str, program: Callable[[], object] = main
         process, controller = pty.fork()
     if process == 0:
         _in_the_child(words, program)
-    screen, asked, patience = b"", False, time.monotonic() + 60
-    while time.monotonic() < patience:
-        if not asked and b"[y/N] " in screen:
+    screen, press, patience = b"", 0.0, time.monotonic() + 60
+    while (now := time.monotonic()) < patience:
+        if b"[y/N] " in screen and now >= press:
             os.write(controller, answer.encode())
-            asked = True
+            # A signal that falls between Python's last look and the read that waits is seen when the read
+            # returns: so Ctrl-C is pressed again, as a person would. Other answers wait to be read.
+            press = now + 2 if answer == "\x03" else patience
         if select.select([controller], [], [], 0.1)[0]:
             try:
                 screen += os.read(controller, 65536)
