@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -33,11 +34,13 @@ PADDINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One layer of the grid: how to build it, and the input it takes, [2, c, *spatial]."""
+    """One layer of the grid: how to build it, and the input it takes, [2, c, *spatial]; in what the product
+    it is one of has it a choice."""
 
     name: str
     build: Callable[[], nn.Module]
     spatial: tuple[int, ...]
+    choices: tuple[object, ...] = ()
 
     @property
     def module(self) -> Any:
@@ -109,6 +112,7 @@ def _conv() -> Iterator[Case]:
             f"conv{rank}d-{kind}-{padding}-bias={bias:d}-stride={stride}-dilation={dilation}",
             lambda rank=rank, i=i, o=o, options=options: CONV[rank](i, o, **options),
             (8, 7, 6)[:rank],
+            ("conv", rank, kind, bias, stride, dilation, padding),
         )
 
 
@@ -126,6 +130,7 @@ def _conv_transpose() -> Iterator[Case]:
             f"-padding={padding}-output_padding={extra}",
             lambda rank=rank, i=i, o=o, options=options: CONV_TRANSPOSE[rank](i, o, **options),
             (5, 4, 3)[:rank],
+            ("transposed", rank, kind, bias, stride, dilation, padding, extra),
         )
 
 
@@ -148,4 +153,36 @@ def _grouped_linear() -> LinearOp:
 
 
 CASES = [*_linear(), *_conv(), *_conv_transpose(), *_uneven()]
+
+
+def covering(cases: Iterable[Case]) -> list[Case]:
+    """Some of them, in which every two choices that meet in one of `cases` meet; those that are of no product
+    are all there."""
+    known = list(cases)
+    chosen = [case for case in known if not case.choices]
+    left = {case.name: pairs_of(case) for case in known if case.choices}
+    missing = set[object]().union(*left.values())
+    while missing:
+        best = max(left, key=lambda name: len(left[name] & missing))
+        missing -= left[best]
+        chosen.append(next(case for case in known if case.name == best))
+    return chosen
+
+
+def pairs_of(case: Case) -> frozenset[object]:
+    """Every two of its choices, each with its place."""
+    if not case.choices:
+        return frozenset()
+    return frozenset((case.choices[0], *pair) for pair in combinations(enumerate(case.choices[1:]), 2))
+
+
+def each(cases: Iterable[Case]) -> Any:
+    """A test of each case: in every run of those that cover all of them, of the others in a slow one."""
+    known = list(cases)
+    quick = {case.name for case in covering(known)}
+    slow: dict[bool, Any] = {True: (), False: pytest.mark.slow}
+    listed = [pytest.param(case, id=case.name, marks=slow[case.name in quick]) for case in known]
+    return pytest.mark.parametrize("case", listed)
+
+
 GROUPED_LINEAR = _grouped_linear()

@@ -6,7 +6,7 @@ from torch import nn
 
 from fusecli.algebra import Geometry, LinearOp, compose
 from fusecli.errors import NotFoldable
-from tests.algebra.grid import CASES, GROUPED_LINEAR, Case, close, lift, random
+from tests.algebra.grid import CASES, GROUPED_LINEAR, Case, close, each, lift, random
 
 
 def pointwise(rank: int, groups: int, inputs: int, outputs: int, *, bias: bool = True) -> LinearOp:
@@ -27,7 +27,7 @@ REFUSED = [case for case in CASES if refused_for(case.op)]
 FOLDED = [case for case in CASES if not refused_for(case.op)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_law_of_a_pointwise_layer_behind(case: Case) -> None:
     inner, x = case.op, case.x
     outer = pointwise(inner.rank, inner.groups, inner.out_channels, 3 * inner.groups)
@@ -36,7 +36,7 @@ def test_law_of_a_pointwise_layer_behind(case: Case) -> None:
     assert close(composed(x), outer(inner(x)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_law_of_a_pointwise_layer_without_bias_before(case: Case) -> None:
     outer, spatial = case.op, case.x.shape[2:]
     inner = pointwise(outer.rank, outer.groups, 3 * outer.groups, outer.in_channels, bias=False)
@@ -47,7 +47,7 @@ def test_law_of_a_pointwise_layer_without_bias_before(case: Case) -> None:
     assert close(composed(x), outer(inner(x)))
 
 
-@pytest.mark.parametrize("case", FOLDED, ids=lambda case: case.name)
+@each(FOLDED)
 def test_law_of_a_pointwise_layer_with_bias_before(case: Case) -> None:
     outer, spatial = case.op, case.x.shape[2:]
     inner = pointwise(outer.rank, outer.groups, 3 * outer.groups, outer.in_channels)
@@ -55,7 +55,7 @@ def test_law_of_a_pointwise_layer_with_bias_before(case: Case) -> None:
     assert close(compose(outer, inner)(x), outer(inner(x)))
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+@each(REFUSED)
 def test_an_inner_bias_is_refused_and_would_be_wrong(case: Case) -> None:
     outer, spatial = case.op, case.x.shape[2:]
     inner = pointwise(outer.rank, outer.groups, 3 * outer.groups, outer.in_channels)

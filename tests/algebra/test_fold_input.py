@@ -7,7 +7,7 @@ from torch import nn
 from fusecli.algebra import ChannelAffine, LinearOp, fold_input
 from fusecli.algebra.blocks import BLOCK
 from fusecli.errors import NotFoldable
-from tests.algebra.grid import CASES, GROUPED_LINEAR, Case, affine, close, lift, random
+from tests.algebra.grid import CASES, GROUPED_LINEAR, Case, affine, close, each, lift, random
 
 
 def refused_for(op: LinearOp) -> str:
@@ -20,7 +20,7 @@ FOLDED = [case for case in CASES if not refused_for(case.op)]
 REFUSED = [case for case in CASES if refused_for(case.op)]
 
 
-@pytest.mark.parametrize("case", FOLDED, ids=lambda case: case.name)
+@each(FOLDED)
 def test_law(case: Case) -> None:
     op, x = case.op, case.x
     f = affine(op.in_channels)
@@ -29,7 +29,7 @@ def test_law(case: Case) -> None:
     assert close(folded(x), op(f(x)))
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+@each(REFUSED)
 def test_a_shift_is_refused_and_would_be_wrong(case: Case) -> None:
     op, x = case.op, case.x
     f = affine(op.in_channels)
@@ -44,7 +44,7 @@ def test_a_shift_is_refused_and_would_be_wrong(case: Case) -> None:
     assert (anyway(x) - op(f(x))).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+@each(REFUSED)
 def test_law_of_a_scale_alone(case: Case) -> None:
     op, x = case.op, case.x
     f = affine(op.in_channels, shifted=False)

@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusecli.algebra import ChannelAffine, Geometry, LinearOp, fold_output, pack, unpack
 from fusecli.algebra.blocks import BLOCK
 from fusecli.errors import NotFoldable
-from tests.algebra.grid import CASES, GROUPED_LINEAR, Case, affine, close, lift, random
+from tests.algebra.grid import CASES, GROUPED_LINEAR, Case, affine, close, each, lift, random
 
 TRANSPOSED = [case for case in CASES if case.op.geometry.transposed]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_law(case: Case) -> None:
     op, x = case.op, case.x
     f = affine(op.out_channels)
@@ -30,7 +30,7 @@ def test_law_of_a_grouped_linear() -> None:
     assert close(fold_output(GROUPED_LINEAR, f)(x), f(GROUPED_LINEAR(x)))
 
 
-@pytest.mark.parametrize("case", TRANSPOSED, ids=lambda case: case.name)
+@each(TRANSPOSED)
 def test_case_18_a_transposed_conv_takes_its_folded_weight_as_it_stands(case: Case) -> None:
     module, x = case.module, case.x
     f = affine(module.out_channels)

@@ -6,10 +6,10 @@ from torch import nn
 
 from fusecli.algebra import pack, unpack
 from fusecli.errors import NotFoldable
-from tests.algebra.grid import CASES, Case
+from tests.algebra.grid import CASES, Case, each
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_round_trip_is_a_view_of_the_storage(case: Case) -> None:
     module = case.module
     groups, transposed = getattr(module, "groups", 1), getattr(module, "transposed", False)

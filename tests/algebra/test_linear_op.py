@@ -7,12 +7,12 @@ import torch
 
 from fusecli.algebra import Geometry, LinearOp
 from fusecli.errors import NotFoldable
-from tests.algebra.grid import CASES, GROUPED_LINEAR, Case, close, random
+from tests.algebra.grid import CASES, GROUPED_LINEAR, Case, close, each, random
 
 
 # torch says, once, that "same" with an even kernel pads a copy; it does, and so does the LinearOp.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_meaning_is_the_torch_layer(case: Case) -> None:
     with torch.no_grad():
         assert close(case.op(case.x), case.module(case.x))

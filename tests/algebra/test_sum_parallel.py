@@ -9,7 +9,7 @@ from torch import nn
 
 from fusecli.algebra import LinearOp, sum_parallel
 from fusecli.errors import NotFoldable
-from tests.algebra.grid import CASES, CONV, CONV_TRANSPOSE, GROUPED_LINEAR, Case, close, lift, random
+from tests.algebra.grid import CASES, CONV, CONV_TRANSPOSE, GROUPED_LINEAR, Case, close, each, lift, random
 
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "3 and 1": ({"kernel_size": 3, "padding": 1}, {"kernel_size": 1}),
@@ -28,7 +28,7 @@ def pair(kind: Any, left: dict[str, Any], right: dict[str, Any], **both: Any) ->
     return lift(kind(4, 6, **left, **both).double()), lift(kind(4, 6, **right, **both).double())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each(CASES)
 def test_law_of_two_alike(case: Case) -> None:
     a, x = case.op, case.x
     b = LinearOp(a.weight.flip(0, 1, 2), random(a.out_channels), a.geometry)
