@@ -22,10 +22,6 @@ from fusecli.engine import (
     rules_in,
 )
 from fusecli.engine import plan as planned_groups
-from fusecli.equivalence.foreign import judge_foreign
-from fusecli.equivalence.groups import GroupCheck
-from fusecli.equivalence.judge import judge
-from fusecli.equivalence.subject import Subject
 from fusecli.errors import ExitCode, Problem, RefusedError, UnsafeError, UsageError
 from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
@@ -47,13 +43,14 @@ from fusecli.jobs.in_memory import (
     resting,
 )
 from fusecli.jobs.plan import listing, remarks
-from fusecli.jobs.proof import float64_fold, reported
+from fusecli.jobs.proof import prove_in_memory, reported
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.sizes import require_other_sizes
 from fusecli.jobs.source import Source, folder_of, vocabulary_of
 from fusecli.jobs.verdicts import STATUS, failures, on_all_paths, recorded
 from fusecli.jobs.weight_ranges import weight_range
 from fusecli.outcome import Judgement, LedgerEntry, Mode, Outcome, Proposal, Verdict
+from fusecli.proof.foreign import judge_foreign
 from fusecli.qat import prepare_qat
 from fusecli.rewrite import ModuleTree
 from fusecli.rules import all_rules
@@ -202,7 +199,6 @@ def fuse(
         lambda: duplicate(apart(given, source.owns, source.bakes)),
         sample,
         asked,
-        fakes=False,
     )
     model = apart(given, source.owns) if source.bakes else structure
     tree = ModuleTree(model)
@@ -219,7 +215,7 @@ def fuse(
     )
     while True:
         try:
-            fold = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
+            fold, rewrites = settled(source, structure, choice, run, lambda fold: require_folds(tree, fold))
             if read.qat and (still := resting(tree, fold.decisions)):
                 raise Refused(still)
         except Refused as no:
@@ -241,11 +237,10 @@ def fuse(
                 problems=(_nothing(read, choice) or why,),
                 model=duplicate(model) if read.qat else copied(model),
             )
-        rewrites, _ = compute_all(tree, fold.decisions)
         for number, (decision, rewrite) in enumerate(zip(fold.decisions, rewrites, strict=True)):
             fold.ranges[number] = weight_range(tree[decision.members[0]], rewrite, decision.members[0])
         fused, lost = applied(model, fold.decisions, rewrites, inplace=False, mode=read.mode)
-        verdict, checks = _judged(model, fused, fold, sample, read.verify.seed)
+        verdict, checks = prove_in_memory(fold, model, fused, sample, read.verify.seed)
         failed = failures(fold, checks)
         if verdict.judgement is not Judgement.DIFFERENT or not failed or not choice.may_drop(failed):
             break
@@ -324,14 +319,13 @@ def plan(
         lambda: duplicate(apart(model, (), source.bakes)),
         Sample.of(inputs),
         (),
-        fakes=False,
     )
 
     def attempt(fold: Fold) -> None:
         require_folds(tree, fold)
         require_other_sizes(fold, run)
 
-    fold = settled(source, structure, choice, run, attempt)
+    fold, _ = settled(source, structure, choice, run, attempt)
     groups, unfused = choice.groups, choice.unfused(fold.decisions)
     text = ("bake: true\n" if bake else "") + listing(groups, unfused, names_of(tree), choice.idle)
     text += remarks(facts.caveat_ledger(fold.decisions, run.recording))
@@ -370,17 +364,17 @@ def verify(
     )
     structure = apart(original, (), source.bakes)
     try:
-        run = Run(structure, sample, lambda: duplicate(structure), fakes=False)
+        run = Run(structure, sample, lambda: duplicate(structure))
         fold = plan_fold(
             source, structure, [Group(modules, rules=rules_in(rule)) for modules, rule in names.items()], run
         )
-        verdict, checks = _judged(original, fused, fold, sample, seed)
+        verdict, checks = prove_in_memory(fold, original, fused, sample, seed)
+        reports = reported(group_reports(fold, fused), checks)
     except (Refused, RefusedError, KeyError) as no:
         refused = no.refused if isinstance(no, Refused) else ()
         said = "; ".join(f"{' + '.join(one.group)}: {one.code}: {one.reason}" for one in refused)
         reason = f"the fused model's groups do not belong to the original: {said or no}"
         return Verdict(Judgement.DIFFERENT, seed=seed, reasons=(reason,))
-    reports = reported(group_reports(fold, fused), checks)
     verdict, reports = on_all_paths(verdict, reports, fold.decisions, assumed=assume_same_path)
     ledger = (*facts.caveat_ledger(fold.decisions, facts.seen(run)), *verdict.ledger)
     return replace(verdict, groups=reports, ledger=ledger)
@@ -398,29 +392,6 @@ def load_int8(path: str | Path, *, allow_pickle: bool = False) -> nn.Module:
     from fusecli.int8.saved import load  # with torch.export, half a second that nothing else needs
 
     return load(Path(path))
-
-
-def _judged(
-    original: nn.Module, fused: nn.Module, fold: Fold, sample: Sample, seed: int
-) -> tuple[Verdict, list[GroupCheck]]:
-    plain = copied(original)
-
-    def partly_fused(count: int) -> nn.Module:
-        return float64_fold(plain, fold.decisions[:count])
-
-    subject = Subject(
-        original=plain,
-        fused=copied(fused),
-        exact=partly_fused(len(fold.decisions)),
-        groups=tuple(decision.members for decision in fold.decisions),
-        passes=tuple(decision.passes for decision in fold.decisions),
-        regions=tuple(decision.region for decision in fold.decisions),
-        folded=fold.folded,
-        foreign=fold.foreign,
-        partly_fused=partly_fused,
-        names=fold.keymap if fold.source.vocabulary.mode == "qat" else None,
-    )
-    return judge(subject, [sample], seed=seed)
 
 
 def _with_fuser_func(

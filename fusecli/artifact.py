@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
 from fusecli import rewrite
@@ -23,6 +24,7 @@ from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
 from fusecli.graph.followers import LeftBehind, following
 from fusecli.graph.loading import adapts_names, versions_of
+from fusecli.nn.duplicate import tensors_held
 from fusecli.nn.shallow import shallow_copy
 from fusecli.outcome import Mode
 from fusecli.rewrite import Edit, Manifest, ModuleTree, Opaque, apply_edits
@@ -63,9 +65,16 @@ def require_mode(manifest: Manifest, mode: Mode, where: str) -> None:
 
 
 def load_into(
-    model: nn.Module, artifact: Checkpoint, consent: Callable[[], Consent], folder: Path | None = None
+    model: nn.Module,
+    artifact: Checkpoint,
+    consent: Callable[[], Consent],
+    folder: Path | None = None,
+    *,
+    lend: bool = False,
 ) -> nn.Module:
-    """`load_fused` on an open artifact; the fusers of opaque edits are files relative to `folder`."""
+    """`load_fused` on an open artifact; the fusers of opaque edits are files relative to `folder`.
+
+    With `lend` parameters are the file's own memory, as long as it is open: nobody may write to them."""
     manifest = manifest_of(artifact)
     edits = manifest.edits
     where = str(artifact.path)
@@ -73,7 +82,7 @@ def load_into(
         model.eval()  # as the members were when fuse called the fuser
         edits = tuple(_with_fuser(edit, model, consent(), folder, manifest.mode) for edit in edits)
     replay(model, edits, where)
-    state = loaded(artifact)
+    state = loaded(artifact, parameter_names(model) if lend else ())
     for name in manifest.learned:
         state.pop(name, None)
     state._metadata = versions_of(model)  # type: ignore[attr-defined]
@@ -102,15 +111,56 @@ def artifact_at(path: Path) -> Checkpoint | None:
     return checkpoint if rewrite.MANIFEST_KEY in checkpoint.metadata else None
 
 
-def loaded(checkpoint: Checkpoint) -> OrderedDict[str, Any]:
-    """The checkpoint's state dict, as memory of our own: the file may go away."""
+def loaded(checkpoint: Checkpoint, lent: Collection[str] = ()) -> OrderedDict[str, Any]:
+    """The checkpoint's state dict, as memory of our own: the file may go away. Those of `lent` are the file's
+    own, as long as it is open; nobody may write to them."""
     state: OrderedDict[str, Any] = OrderedDict(
-        (name, stored.load().clone()) for name, stored in checkpoint.tensors.items()
+        (name, stored.load() if name in lent else stored.load().clone())
+        for name, stored in checkpoint.tensors.items()
     )
     state.update(copy.deepcopy(dict(checkpoint.others)))
     if checkpoint.versions:
         state._metadata = checkpoint.versions  # type: ignore[attr-defined]
     return state
+
+
+def parameter_names(model: nn.Module) -> Collection[str]:
+    return dict(model.named_parameters(remove_duplicate=False)).keys()
+
+
+def without_numbers(build: Callable[[], nn.Module]) -> nn.Module:
+    """A fresh model whose parameters are on the meta device: they are about to be loaded. With numbers, where
+    its code makes something else of them.
+
+    Buffers and other tensors have theirs: no checkpoint need hold those.
+    """
+
+    def on_meta(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if type(parameter) is not nn.Parameter or parameter.is_meta or is_lazy(parameter):
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # it may answer
+    try:
+        model = build()
+    except UsageError:
+        return build()  # a factory that computes with its weights
+    finally:
+        handle.remove()
+    registered = {id(parameter) for parameter in model.parameters()}
+    held = (tensor for module in model.modules() for _, tensor in tensors_held(module))
+    made = any(tensor.is_meta and id(tensor) not in registered for tensor in held)
+    return build() if made else model
+
+
+def lent(load: Callable[[], nn.Module]) -> nn.Module | None:
+    """The model that was built without numbers and loaded; None where that is not possible: somebody keeps a
+    parameter that has none, or copies what is loaded into it."""
+    try:
+        model = load()
+    except UsageError:
+        return None
+    return None if any(parameter.is_meta for parameter in model.parameters()) else model
 
 
 def replay(model: nn.Module, edits: Iterable[Edit], where: str) -> None:

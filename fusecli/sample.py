@@ -172,3 +172,11 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(python)
         if numpy:
             numpy.random.set_state(legacy)
+
+
+def random_state() -> tuple[Any, ...]:
+    """The state of the generators that `seeded` controls, to be compared."""
+    numpy = sys.modules.get("numpy")
+    legacy = [str(part) for part in numpy.random.get_state()] if numpy else []
+    with torch._C.DisableTorchFunction():  # to look at it is no step of a model
+        return torch.default_generator.get_state().tolist(), random.getstate(), legacy

@@ -17,7 +17,7 @@ LAYERS = (
     {"project"},
     {"spec", "algebra", "nn", "consent", "sample"},
     {"rewrite", "graph", "checkpoint", "qat"},
-    {"rules", "equivalence", "report", "artifact", "int8", "interop"},
+    {"rules", "proof", "report", "artifact", "int8", "interop"},
     {"engine"},
     {"jobs"},
     {"api"},

@@ -14,7 +14,6 @@ from fusecli.engine.channels import same_channels
 from fusecli.engine.decisions import Group, Member, Vocabulary
 from fusecli.engine.inside import applied_as_is, layer_at_work, norm_at_work
 from fusecli.engine.siblings import Siblings
-from fusecli.equivalence.groups import Pass
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, Recording, described
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_exact
@@ -41,18 +40,14 @@ _ALONE = "leave the group out, or give each place its own module and train again
 class Found:
     """What the run shows of a group.
 
-    passes   the calls of the members that belong together
     reached  for each later member, which of its calls belong to the group
     caveats  what the recorded sizes could not show
     shown    whether the layer, of whatever class, applies its stored weight and bias as they are
-    odd      whether a member takes or gives anything but one tensor, so that they cannot be run in a row
     """
 
-    passes: tuple[Pass, ...]
     reached: Mapping[str, frozenset[int]]
     caveats: tuple[str, ...] = ()
     shown: bool = False
-    odd: bool = False
 
 
 @dataclass
@@ -125,7 +120,7 @@ class Audit:
         custom = custom or first.kind not in LAYER_KINDS or others[0].kind not in NORM_KINDS
         sites = self._sites(first, custom)
         firsts, reached_by = sites, {}
-        bridges: list[list[tuple[Call, ...]]] = [[] for _ in sites]
+        crossed: list[Call] = []
         for before, member in zip(members, others, strict=False):
             following = self._sites(member, custom)
             reached = self._linked(before, sites, member, following, first.path)
@@ -133,16 +128,11 @@ class Audit:
                 self._same_dtype(member, reached)
                 same_channels(self.recording, first, sites, member, reached)
             reached_by[member.path] = frozenset(site.visit for site in reached)
-            for bridge, site, target in zip(bridges, sites, reached, strict=True):
-                bridge.append(self._between(before, site, member, target, first.path))
+            for site, target in zip(sites, reached, strict=True):
+                crossed += self._between(before, site, target, first.path)
             sites = reached
-        passes = tuple(
-            Pass(a.visit, z.visit, tuple(b)) for a, z, b in zip(firsts, sites, bridges, strict=True)
-        )
         shown = not custom and applied_as_is(self.recording, first.path, firsts)
-        visits = [visit for member in members for visit in self.recording.visits_of(member.path)]
-        odd = not all(visit.plain and len(visit.takes) == len(visit.gives) == 1 for visit in visits)
-        return Found(passes, reached_by, self._caveats(passes), shown, odd and not custom)
+        return Found(reached_by, self._caveats(crossed), shown)
 
     def unrun(self, members: Sequence[str]) -> tuple[str, ...]:
         """The modules beside these that no input has run, though another one may."""
@@ -156,9 +146,8 @@ class Audit:
         recording = self.recording
         return Siblings(self.tree, {visit.path for visit in recording.visits} | recording.elsewhere.keys())
 
-    def _caveats(self, passes: Sequence[Pass]) -> tuple[str, ...]:
+    def _caveats(self, crossed: Sequence[Call]) -> tuple[str, ...]:
         """Where an axis has size 1, a view that moves channels to it looks like one that does not."""
-        crossed = [call for found in passes for bridge in found.bridges for call in bridge]
         shapes = {self.recording.values[value].shape for call in crossed for value in call.reads}
         if any(call.name in RESHAPES for call in crossed) and any(1 in shape for shape in shapes):
             return (SIZE_ONE,)
@@ -177,9 +166,7 @@ class Audit:
                 remedy="convert the norm to the layer's dtype first",
             )
 
-    def _between(
-        self, before: Member, site: Site, member: Member, target: Site, layer: str
-    ) -> tuple[Call, ...]:
+    def _between(self, before: Member, site: Site, target: Site, layer: str) -> tuple[Call, ...]:
         """The moves on the way from one member to the next, outside of both."""
         inside = self.recording.visits_of(before.path)[site.visit].calls
         calls: list[Call] = []

@@ -16,14 +16,14 @@ from fusecli.algebra import round_once
 from fusecli.engine.decisions import Decision, Group, Modules, Vocabulary
 from fusecli.engine.inside import untouched
 from fusecli.engine.uses import Uses
-from fusecli.equivalence.groups import Pass
-from fusecli.equivalence.run import float64_arithmetic
 from fusecli.errors import NotFoldable, Problem, RefusedError, require
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS
 from fusecli.graph.materialise import in_float64, with_tensors
 from fusecli.graph.record import Run
 from fusecli.nn import Adapted, computed_tensor, make_plain
 from fusecli.outcome import Evidence
+from fusecli.proof.region import Region
+from fusecli.proof.run import float64_arithmetic
 from fusecli.rewrite import KeyMap, ModuleTree, Plain, Rewrite, apply_rewrite, plant
 from fusecli.rules import all_rules
 from fusecli.rules._member import Member
@@ -77,7 +77,7 @@ def alone(tree: ModuleTree, group: Group, bakes: Bakes, vocabulary: Vocabulary, 
         lambda _: Rewrite(),
         (path,),
         evidence=Evidence.OBSERVED if visits else Evidence.CLAIMED,
-        passes=tuple(Pass(turn, turn) for turn in range(len(visits))),
+        region=Region(run.recording, (path,), chain=True) if run is not None and visits else None,
     )
 
 

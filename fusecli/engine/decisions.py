@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from fusecli.equivalence.groups import Pass
-from fusecli.equivalence.regions import Region
 from fusecli.errors import NotFoldable
 from fusecli.graph.kinds import kind_of
 from fusecli.outcome import Evidence, Mode, Refusal
+from fusecli.proof.region import Region
 from fusecli.rewrite import Rewrite
 
 Modules = Mapping[str, nn.Module]
@@ -92,8 +91,7 @@ class Decision:
     probe     proves members whose class is not known, where the group is no chain; raises NotFoldable
     shown     members of an unknown class that need no probe: the run has shown what they do
     evidence  whether a recorded run has shown the group, or the list was believed
-    passes    the calls of the members that belong together; empty where nothing was recorded
-    region    the part of the run that a group is which is no chain
+    region    the part of the run that the group is; None where nothing was recorded
     spared    members that were asked for and stay, with the reason
     caveats   what the recorded sizes could not show
     leaving   the members that become an identity: they will give the memory that they take
@@ -109,7 +107,6 @@ class Decision:
     probe: Callable[[Modules], None] | None = field(default=None, compare=False, repr=False)
     shown: frozenset[str] = frozenset()
     evidence: Evidence = Evidence.CLAIMED
-    passes: tuple[Pass, ...] = ()
     region: Region | None = None
     spared: tuple[Refusal, ...] = ()
     caveats: tuple[str, ...] = ()

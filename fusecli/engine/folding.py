@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from fusecli.algebra.blocks import undivided
 from fusecli.engine.decisions import Decision, Modules, refusal
 from fusecli.engine.promises import keeps_promise
-from fusecli.equivalence.compare import TOLERANCE
-from fusecli.equivalence.probe import probe
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.kinds import is_exact, is_norm
 from fusecli.outcome import LedgerEntry, Refusal
+from fusecli.proof.compare import TOLERANCE
+from fusecli.proof.probe import probe
 from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite
 
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from fusecli.blame import described_with_place
 from fusecli.engine.decisions import CustomFuser, Modules
-from fusecli.equivalence.probe import changed_shape
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.materialise import with_tensors
 from fusecli.outcome import Mode
+from fusecli.proof.probe import changed_shape
 from fusecli.rewrite import Opaque, Rewrite
 
 

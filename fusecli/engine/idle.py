@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Decision, Group
 from fusecli.engine.steps import Operand, Step, by_waves
-from fusecli.equivalence.regions import Region
 from fusecli.graph.dataflow import Visit
 from fusecli.graph.kinds import NOTHING, is_patched
 from fusecli.graph.materialise import with_tensors
 from fusecli.outcome import Evidence
+from fusecli.proof.region import Region
 from fusecli.rules import all_rules
 
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)

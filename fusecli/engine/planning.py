@@ -22,11 +22,11 @@ from fusecli.engine.purpose import require_same_purpose
 from fusecli.engine.steps import Wave
 from fusecli.engine.uses import Uses
 from fusecli.engine.waves import TELLING, Search, wide
-from fusecli.equivalence.regions import Region
 from fusecli.errors import NotFoldable, Problem, UsageError, require
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, is_norm, without_statistics
 from fusecli.graph.record import Run
 from fusecli.outcome import Evidence, Mode, Refusal
+from fusecli.proof.region import Region
 from fusecli.rewrite import ModuleTree, Rewrite
 from fusecli.rules import Rule, all_rules
 from fusecli.rules._member import Member as Operand
@@ -235,12 +235,10 @@ class _Planner:
         if found is None:
             return decision
         assert self.audit is not None
-        region = Region(self.audit.recording, decision.members) if found.odd else None
         return replace(
             decision,
             evidence=Evidence.OBSERVED,
-            passes=found.passes,
-            region=region,
+            region=Region(self.audit.recording, decision.members, chain=True, turns=found.reached),
             caveats=found.caveats,
             shown=frozenset(decision.members[:1] if found.shown else ()),
         )

@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fusecli.equivalence.compare import TOLERANCE, compare
-from fusecli.equivalence.run import float64_arithmetic
 from fusecli.graph.lift import channel_affine
 from fusecli.graph.materialise import in_float64, probe_input
+from fusecli.proof.compare import TOLERANCE, compare
+from fusecli.proof.run import float64_arithmetic
 
 
 def keeps_promise(norm: nn.Module) -> bool:

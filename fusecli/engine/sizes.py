@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fusecli.algebra import ChannelAffine
 from fusecli.engine.maps import Map
-from fusecli.equivalence.run import float64_arithmetic
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.materialise import with_tensors
+from fusecli.proof.run import float64_arithmetic
 
 
 def holds_for_other_sizes(recording: Recording, found: Map) -> bool:

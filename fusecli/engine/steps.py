@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from fusecli.algebra import round_once
 from fusecli.engine.decisions import Modules
 from fusecli.engine.promises import keeps_promise
-from fusecli.equivalence.compare import TOLERANCE, compare
-from fusecli.equivalence.probe import worst_of
-from fusecli.equivalence.run import float64_arithmetic
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.kinds import FOLDABLE, LAYER_KINDS, NORM_KINDS, NOTHING, is_exact
 from fusecli.graph.lift import channel_affine
 from fusecli.graph.materialise import probe_inputs, with_tensors
+from fusecli.proof.compare import TOLERANCE, compare
+from fusecli.proof.probe import worst_of
+from fusecli.proof.run import float64_arithmetic
 from fusecli.rewrite import Edit, Identity, KeyMap, ModuleTree, Passed, Rewrite, Zero, apply_rewrite, plant
 from fusecli.rules import Rule
 from fusecli.rules._member import Member, Route

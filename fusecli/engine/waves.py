@@ -24,7 +24,6 @@ from fusecli.engine.maps import Map
 from fusecli.engine.products import rows
 from fusecli.engine.routes import Routes, Way
 from fusecli.engine.steps import Operand, Step, Wave, by_waves, prove_strangers
-from fusecli.equivalence.regions import Region
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.kinds import LAYER_KINDS
@@ -32,6 +31,7 @@ from fusecli.graph.lift import linear_op
 from fusecli.graph.materialise import with_tensors
 from fusecli.graph.ops import RESHAPES
 from fusecli.outcome import Evidence
+from fusecli.proof.region import Region
 from fusecli.rewrite import ModuleTree, apply_rewrite, plant
 from fusecli.rules import Rule, all_rules
 from fusecli.rules._member import Route

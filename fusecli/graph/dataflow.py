@@ -108,7 +108,6 @@ class Touches:
 class Recording:
     """One run.
 
-    fake        the run had shapes and no numbers
     names       every name of a module by its first one
     written     parameters and buffers that forward wrote to
     aliases     names that are the same memory, as lists of parameters and buffers
@@ -123,7 +122,6 @@ class Recording:
     values: tuple[Value, ...]
     calls: tuple[Call, ...]
     visits: tuple[Visit, ...]
-    fake: bool
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
     aliases: tuple[frozenset[str], ...] = ()
@@ -261,6 +259,10 @@ class Recording:
             for value in dict.fromkeys(call.reads):
                 readers[value].append(call)
         return readers
+
+    def reading(self, value: int) -> list[Call]:
+        """The calls that read it, whether anything depends on them or not."""
+        return self._readers[value]
 
     def readers(self, value: int) -> list[Call]:
         """The calls that read it, in the order of the run."""

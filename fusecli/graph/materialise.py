@@ -45,10 +45,16 @@ def with_tensors(module: nn.Module, fetch: Callable[[str, Tensor], Tensor], pref
     return clone
 
 
+def in_eval_mode(module: nn.Module) -> nn.Module:
+    """The module itself; a class may have a train() that returns nothing."""
+    module.eval()
+    return module
+
+
 def in_float64(module: nn.Module) -> nn.Module:
     """A copy of `module` with its floating-point tensors in float64; it shares no memory with `module`."""
     return with_tensors(
-        module, lambda _, old: old.clone().double() if old.is_floating_point() else old.clone()
+        module, lambda _, old: old.to(torch.float64, copy=True) if old.is_floating_point() else old.clone()
     )
 
 

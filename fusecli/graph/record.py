@@ -1,25 +1,19 @@
-"""One recorded forward in eval mode, on a copy: with fake tensors where the model's code allows it.
-
-Fake tensors have shapes and no numbers: no arithmetic, no memory. A model whose control flow or shapes depend
-on numbers needs real ones.
-"""
+"""One recorded forward in eval mode, on a copy, with its numbers."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusecli.blame import forward_failed
 from fusecli.errors import RefusedError, UsageError
 from fusecli.graph.dataflow import Recording
-from fusecli.graph.fakes import fake_twin, forget
 from fusecli.graph.held import Hold, changes_in_a_fold, modules_held
 from fusecli.graph.memory import same_memory
 from fusecli.graph.places import decisions_by_size
@@ -33,16 +27,13 @@ class Run:
     """One run of a model on a sample, recorded when somebody asks for it.
 
     structure  the model; meta tensors will do, and it is not changed
-    numbers    makes a copy with real tensors, for a model that needs them
-    fakes      whether fake tensors may be tried: not in a process that goes on to use the model, whose code
-               may keep one
+    numbers    makes a copy with real tensors, which is run
     others     the further inputs that the proof will be run on
     """
 
     structure: nn.Module
     sample: Sample
     numbers: Callable[[], nn.Module]
-    fakes: bool = True
     others: Callable[[], Sequence[Sample]] = tuple
     _biased: dict[frozenset[str], Recording] = field(default_factory=dict, repr=False)
     _unbiased: dict[frozenset[Any], UsageError] = field(default_factory=dict, repr=False)
@@ -93,48 +84,24 @@ class Run:
 
     def _recorded(self, biased: Collection[str]) -> Recording:
         problem: Exception | None = None
-        for attempt in self._attempts(biased):
-            try:
-                return attempt()
-            except Exception as error:  # whatever somebody's forward may raise, or fake tensors cannot do
-                if isinstance(error, RefusedError) and attempt.func == self._with_numbers:
-                    raise  # the model cannot be copied; without numbers that may be torch's affair
-                # In float64 runs what does not in the stored dtype, such as a bfloat16 model that is given
-                # float32 inputs; but what it says in its own dtype is what a user can do something about.
-                problem = error if attempt.args[1] is None else problem
-        assert problem is not None
-        raise UsageError(forward_failed(problem)) from problem
-
-    def _attempts(self, biased: Collection[str]) -> Iterator[partial[Recording]]:
-        """From the cheapest."""
         parameters = (p for p in self.structure.parameters() if p.is_floating_point())
         other = any(parameter.dtype is not torch.float32 for parameter in parameters)
-        dtypes = (None, torch.float64) if other else (None,)
-        # A user's hook may keep what it is given, and a fake tensor is of no use to anybody.
-        if self.fakes and not any(map(_hooked, self.structure.modules())):
-            for dtype in dtypes:
-                yield partial(self._with_fakes, biased, dtype)
-        for dtype in dtypes:
-            yield partial(self._with_numbers, biased, dtype)
-
-    def _with_fakes(self, biased: Collection[str], dtype: torch.dtype | None) -> Recording:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        recorder = Recorder(fake=True)
-        try:
-            with mode:
-                model = fake_twin(self.structure, mode)
-                _add_biases(model, biased)
-                inputs = self.sample.mapped(lambda tensor: mode.from_tensor(_in(tensor, dtype)))
-                return self._run(recorder, model.to(dtype) if dtype else model, inputs)
-        finally:
-            model = inputs = None  # type: ignore[assignment]
-            if recorder.kept_outside:
-                forget(mode)
+        # In float64 runs what does not in the stored dtype, such as a bfloat16 model that is given float32
+        # inputs; but what it says in its own dtype is what a user can do something about.
+        for dtype in (None, torch.float64) if other else (None,):
+            try:
+                return self._with_numbers(biased, dtype)
+            except RefusedError:
+                raise  # the model cannot be copied
+            except Exception as error:  # whatever somebody's forward may raise
+                problem = problem or error
+        assert problem is not None
+        raise UsageError(forward_failed(problem)) from problem
 
     def _with_numbers(self, biased: Collection[str], dtype: torch.dtype | None) -> Recording:
         model = self.numbers()
         _add_biases(model, biased)
-        return self._run(Recorder(fake=False), model.to(dtype) if dtype else model, self.sample.copy(dtype))
+        return self._run(Recorder(), model.to(dtype) if dtype else model, self.sample.copy(dtype))
 
     def _run(self, recorder: Recorder, model: nn.Module, inputs: Sample) -> Recording:
         model.eval()
@@ -144,8 +111,6 @@ class Run:
             with recorder.watching(model):
                 recorder.takes((inputs.args, dict(inputs.kwargs)))
                 output = model(*inputs.args, **inputs.kwargs)
-            if recorder.went_astray:
-                raise RuntimeError("forward went on where fake tensors have no answer")
             recorder.returns(output)
             # What autograd keeps for the output goes; what is inside an output of an unknown class stays.
             output = mapped(output, Tensor.detach)
@@ -180,14 +145,6 @@ def _called(model: nn.Module, inputs: Sample) -> set[str]:
         warnings.simplefilter("ignore")
         model(*inputs.args, **inputs.kwargs)
     return called
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _in(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
 def _add_biases(model: nn.Module, layers: Collection[str]) -> None:

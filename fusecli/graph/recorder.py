@@ -18,12 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -38,15 +32,9 @@ from fusecli.graph.ops import LOOKS, MOVES
 from fusecli.graph.places import place
 from fusecli.sample import tensors_in
 
-_NO_NUMBERS = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
 # The very tensor under another name is no step; a view back to a shape that was there before is one.
 _SAME = frozenset({"aten.detach", "aten.alias", "aten.lift_fresh", "aten._to_copy"})
-# What FakeTensors and tensor subclasses ask about themselves; nothing is read.
+# What tensor subclasses ask about themselves; nothing is read.
 _QUESTIONS = ("prim.", "aten.sym_", "aten.is_contiguous", "aten.is_same_size", "aten.is_pinned")
 
 
@@ -55,9 +43,13 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, fake: bool) -> None:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler, 1.3 seconds of CPU, to say that it leaves this class alone."""
+        return False
+
+    def __init__(self) -> None:
         super().__init__()
-        self._fake = fake
         self._values: list[Value] = []
         self._calls: list[Call] = []
         self._visits: list[Visit] = []
@@ -78,8 +70,6 @@ class Recorder(TorchDispatchMode):
         self._looks: Any = WeakTensorKeyDictionary()
         self._escaped = False
         self._places: dict[int, str] = {}
-        self.went_astray = False  # forward went on where fake tensors have no answer
-        self.kept_outside = True  # tensors of the run are alive, and no module of the model has them
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -130,7 +120,6 @@ class Recorder(TorchDispatchMode):
             if not name.startswith("_")
             for tensor in tensors_in(held)
         }
-        self.kept_outside = any(key not in kept for key in left)
         for key in left:
             name = kept.get(key, "kept after the run by a hook or by something outside the model")
             self._note(None, name, (), {}, (self._memory[key].latest,), ())
@@ -153,7 +142,6 @@ class Recorder(TorchDispatchMode):
             tuple(self._values),
             tuple(self._calls),
             tuple(self._visits),
-            self._fake,
             self._names,
             frozenset(self._written),
             aliases,
@@ -167,7 +155,6 @@ class Recorder(TorchDispatchMode):
     def _escape(self, name: str, tensor: Tensor) -> None:
         """Something outside torch reads this tensor."""
         self._escaped = True
-        self.went_astray |= self._fake
         if name in ASKING:
             self._places[len(self._calls)] = place()
         value = self._memory_of(tensor)[1]
@@ -189,12 +176,7 @@ class Recorder(TorchDispatchMode):
         if name == "aten.lift_fresh":  # a literal, or numbers that come back from outside
             self._memory_of(args[0], constant=not self._escaped)
         refs, named = tree_map_only(Tensor, lambda tensor: Ref(self._memory_of(tensor)[1]), (args, kwargs))
-        try:
-            output = func(*args, **kwargs)
-        except Exception as error:
-            # Forward may go on without the result: another way than with numbers, if there are none.
-            self.went_astray |= self._fake and isinstance(error, _NO_NUMBERS)
-            raise
+        output = func(*args, **kwargs)
         reads = tuple(leaf.value for leaf in tree_leaves((refs, named)) if isinstance(leaf, Ref))
         self._write_down(func, name, refs, named, reads, _written(func, args, kwargs), output)
         return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import nn
 
@@ -30,6 +31,7 @@ from fusecli.sample import Sample
 from fusecli.spec import Spec
 from fusecli.spec.names import NameTree
 
+_Made = TypeVar("_Made")
 # A norm that is left for one of these reasons could have been folded.
 FOLDABLE_LEFT = frozenset({"not-listed", "excluded", "held-back"})
 # What a function call computes is counted, but for what keeps no statistics.
@@ -216,7 +218,6 @@ def looked(
     sample: Sample,
     asked: Sequence[Group],
     *,
-    fakes: bool = True,
     others: Callable[[], Sequence[Sample]] = tuple,
 ) -> tuple[nn.Module, Run, Choice]:
     """The model as it will be planned on, a run of it on `sample`, and the groups.
@@ -229,23 +230,24 @@ def looked(
     model = structure()
     source.bakes = _bakes(spec, source, ModuleTree(model))
     if source.bakes:
-        model = _without_unbakeable(source, structure, numbers, sample, fakes)
+        model = _without_unbakeable(source, structure, numbers, sample)
     if spec.shared == "clone":
         source.owns = shared_roots(ModuleTree(model), source.vocabulary)
         if source.owns:
-            apart = Run(structure(), sample, numbers, fakes, others)
+            apart = Run(structure(), sample, numbers, others)
             tree, modules = ModuleTree(apart.structure), dict(apart.structure.named_modules())
             choice = chosen(spec, tree, modules, asked, apart, source.vocabulary)
             sound = plan(tree, choice.groups, source.vocabulary, apart).decisions
             alone = [*_alone(source, choice, apart), *(g.modules[0] for g in asked if len(g.modules) == 1)]
             source.owns = needed(source.owns, sound, alone)  # the others stay tied
             model = structure()
-    run = Run(model, sample, numbers, fakes, others)
+    run = Run(model, sample, numbers, others)
     modules = dict(model.named_modules())
     choice = chosen(spec, ModuleTree(model), modules, asked, run, source.vocabulary)
     choice.alone = _alone(source, choice, run)
     choice.musts = adapted(source)
     choice.unbakeable = source.unbakeable
+    source.require_unwritten(run)
     return model, run, choice
 
 
@@ -271,7 +273,6 @@ def _without_unbakeable(
     structure: Callable[[], nn.Module],
     numbers: Callable[[], nn.Module],
     sample: Sample,
-    fakes: bool,
 ) -> nn.Module:
     """The model with plain layers for `source.bakes`, without those that forward needs as they are: it reads
     what their weight is computed from, and does not run when that is gone."""
@@ -282,7 +283,7 @@ def _without_unbakeable(
         nonlocal told
         source.bakes = {path: wanted[path] for path in paths}
         try:
-            _ = Run(structure(), sample, numbers, fakes).recording
+            _ = Run(structure(), sample, numbers).recording
         except UsageError as error:
             told = error.problems[0].what
             return False
@@ -328,15 +329,14 @@ def _alone(source: Source, choice: Choice, run: Run) -> list[str]:
 
 
 def settled(
-    source: Source, model: nn.Module, choice: Choice, run: Run, attempt: Callable[[Fold], None]
-) -> Fold:
-    """The plan of the choice's groups, all of which `attempt` accepts; what nobody has asked for is dropped
-    where it turns out to be unsound. Raises Refused for the others."""
+    source: Source, model: nn.Module, choice: Choice, run: Run, attempt: Callable[[Fold], _Made]
+) -> tuple[Fold, _Made]:
+    """The plan of the choice's groups, all of which `attempt` accepts, and what it makes of them; what nobody
+    has asked for is dropped where it turns out to be unsound. Raises Refused for the others."""
     while True:
         try:
             fold = plan_fold(source, model, choice.groups, run)
-            attempt(fold)
-            return fold
+            return fold, attempt(fold)
         except Refused as no:
             if not choice.may_drop(no.refused):
                 raise

@@ -140,7 +140,7 @@ def tie_ledger(checkpoint: Checkpoint, kept: Collection[str]) -> list[LedgerEntr
 
 def caveat_ledger(decisions: Iterable[Decision], recording: Recording | None) -> list[LedgerEntry]:
     """What the recorded run could not show."""
-    asked = recording.asked if recording is not None and not recording.fake else ()
+    asked = recording.asked if recording is not None else ()
     by_size = recording.by_size if recording is not None else ()
     other_way = "forward decides by sizes here: at others than were tried it may go another way"
     return [

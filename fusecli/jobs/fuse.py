@@ -21,7 +21,6 @@ from fusecli.checkpoint import (
 )
 from fusecli.consent import Consent
 from fusecli.engine import Decision, Group, needed
-from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.kinds import LAYER_KINDS, is_norm, kind_of
@@ -55,6 +54,7 @@ from fusecli.jobs.trained import may_be_trained, read_trained, require_folding, 
 from fusecli.jobs.verdicts import STATUS, failures, judged, on_all_paths, recorded, strictly
 from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused, Verdict
 from fusecli.plain import some
+from fusecli.proof.groups import GroupCheck
 from fusecli.rewrite import MANIFEST_KEY, Manifest, ModuleTree
 from fusecli.sample import Sample
 from fusecli.spec import Spec

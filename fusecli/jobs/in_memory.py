@@ -77,11 +77,12 @@ def adapted(model: nn.Module, adapter: Adapter) -> nn.Module:
     return twin
 
 
-def require_folds(tree: ModuleTree, fold: Fold) -> None:
-    """Raises Refused with the groups whose numbers forbid the fold."""
-    _, refused = compute_all(tree, fold.decisions)
+def require_folds(tree: ModuleTree, fold: Fold) -> list[Rewrite]:
+    """The rewrites of all groups; raises Refused with those whose numbers forbid the fold."""
+    rewrites, refused = compute_all(tree, fold.decisions)
     if refused:
         raise Refused(refused)
+    return rewrites
 
 
 def as_checkpoint(model: nn.Module) -> Checkpoint:

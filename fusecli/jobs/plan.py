@@ -15,7 +15,6 @@ from fusecli.artifact import manifest_of
 from fusecli.checkpoint import Checkpoint, open_checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Group
-from fusecli.equivalence.sizes import Axes
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.graph.record import Run
 from fusecli.jobs import facts
@@ -31,6 +30,7 @@ from fusecli.jobs.verdicts import recorded
 from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused
 from fusecli.picture import Picture
 from fusecli.plain import visible
+from fusecli.proof.sizes import Axes
 from fusecli.rewrite import MANIFEST_KEY, ModuleTree
 from fusecli.spec import Spec
 from fusecli.spec.inputs import is_mapping
@@ -94,7 +94,7 @@ def plan_file(
         check_around(request.around or (), names)
         tick("trying the folds")
         dynamic = dynamic_axes(typed, sample)
-        fold = settled(source, skeleton, choice, run, lambda fold: _try(fold, run, dynamic))
+        fold, _ = settled(source, skeleton, choice, run, lambda fold: _try(fold, run, dynamic))
         unfused = choice.unfused(fold.decisions)
         ledger = facts.caveat_ledger(fold.decisions, run.recording)
         text = _written(request, spec, choice.groups, unfused, names, choice.idle) + remarks(ledger)

@@ -6,26 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fusecli.artifact import load_into
+from fusecli.artifact import lent, load_into, without_numbers
 from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent
-from fusecli.engine import Decision, fuse_tree
-from fusecli.equivalence.alone import judge_alone
-from fusecli.equivalence.compare import TOLERANCE, compare
-from fusecli.equivalence.findings import Findings, verdict_of
-from fusecli.equivalence.groups import GroupCheck
-from fusecli.equivalence.judge import judge
-from fusecli.equivalence.noise import narrowest
-from fusecli.equivalence.run import float64_arithmetic, run
-from fusecli.equivalence.stored import same_state
-from fusecli.equivalence.subject import Subject
-from fusecli.errors import RefusedError
-from fusecli.graph.followers import widened
+from fusecli.graph.dataflow import Recording
+from fusecli.graph.materialise import duplicate, in_eval_mode
+from fusecli.graph.record import Run
 from fusecli.jobs.fold import Fold, extra_state
+from fusecli.jobs.in_memory import as_checkpoint
 from fusecli.jobs.source import Source
 from fusecli.outcome import GroupReport, Judgement, Verdict
+from fusecli.proof.compare import TOLERANCE, compare
+from fusecli.proof.groups import GroupCheck
+from fusecli.proof.prove import Subject, judge
+from fusecli.proof.run import run
+from fusecli.proof.stored import same_bits
 from fusecli.rewrite import ModuleTree
 from fusecli.sample import Sample
 
@@ -47,32 +44,85 @@ class Proof:
 def prove_with_model(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict, list[GroupCheck]]:
     """Loads the artifact into a fresh model as a user would and judges it against the original."""
     source = fold.source
-    assert source.build is not None
-    original = source.original()
-    fused = load_into(source.build(), artifact, lambda: proof.consent)
-    fused.eval()
+    lend = _untouched(fold)
 
-    def partly_fused(count: int) -> nn.Module:
-        return float64_fold(original, fold.decisions[:count])
+    def load() -> nn.Module:
+        assert source.build is not None
+        build = source.build
 
-    subject = Subject(
-        original=original,
-        fused=fused,
-        exact=partly_fused(len(fold.decisions)),
-        groups=tuple(decision.members for decision in fold.decisions),
-        passes=tuple(decision.passes for decision in fold.decisions),
-        regions=tuple(decision.region for decision in fold.decisions),
-        folded=fold.folded,
-        foreign=fold.foreign,
-        partly_fused=partly_fused,
-        names=fold.keymap if source.vocabulary.mode == "qat" else None,
+        def into(fresh: nn.Module, *, lend: bool) -> nn.Module:
+            return in_eval_mode(load_into(fresh, artifact, lambda: proof.consent, lend=lend))
+
+        if lend and (model := lent(lambda: into(without_numbers(build), lend=True))) is not None:
+            return model
+        return into(build(), lend=False)
+
+    def record(sample: Sample) -> Recording:
+        return Run(source.skeleton(), sample, source.runnable).recording
+
+    subject = replace(
+        _subject(fold, artifact),
+        build=lambda: source.original(lend=lend),
+        load=load,
+        record=record,
+        trains=_trains(source),
     )
-    verdict, checks = judge(subject, proof.samples, seed=proof.seed, tick=proof.tick, dynamic=proof.dynamic)
+    verdict, checks = judge(
+        subject, proof.samples, seed=proof.seed, progress=proof.tick, dynamic=proof.dynamic
+    )
     stored = verdict.check_results["from disk"] is Judgement.EQUIVALENT
     only_the_whole = stored and not any(check.judgement is Judgement.DIFFERENT for check in checks)
     if verdict.judgement is Judgement.DIFFERENT and only_the_whole and _builds_disagree(source, proof):
         verdict = _undetermined(verdict)
     return _with_learned(verdict, mislearned(fold, artifact)), checks
+
+
+def _subject(fold: Fold, artifact: Checkpoint) -> Subject:
+    source = fold.source
+    return Subject(
+        groups=fold.decisions,
+        member=lambda path: source.member(path, fold.modules[path]),
+        before=source.checkpoint.tensors,
+        after=artifact.tensors,
+        key=fold.keymap,
+        expected=fold.layout.keys(),
+        extra=(extra_state(fold), artifact.others),
+    )
+
+
+def _trains(source: Source) -> bool:
+    return source.vocabulary.mode == "qat"
+
+
+def prove_in_memory(
+    fold: Fold, original: nn.Module, fused: nn.Module, sample: Sample, seed: int
+) -> tuple[Verdict, list[GroupCheck]]:
+    """Judges a fold of a model in memory; neither model is changed."""
+    structure = fold.skeleton
+
+    def record(sample: Sample) -> Recording:
+        return Run(structure, sample, lambda: duplicate(structure)).recording
+
+    lend = _untouched(fold)
+    state = fused.state_dict()
+    artifact = as_checkpoint(fused)
+    others = {name: value for name, value in state.items() if name not in artifact.tensors}
+    kept = {
+        name: value
+        for name, value in original.state_dict().items()
+        if name not in fold.source.checkpoint.tensors
+    }
+    subject = replace(
+        _subject(fold, artifact),
+        extra=({new: v for name, v in kept.items() if (new := fold.keymap(name)) is not None}, others),
+        member=ModuleTree(original).__getitem__,
+        made=ModuleTree(fused).__getitem__,
+        build=lambda: _copied(original, lend=lend),
+        load=lambda: _copied(fused, lend=lend),
+        record=record,
+        trains=_trains(fold.source),
+    )
+    return judge(subject, [sample], seed=seed)
 
 
 def _with_learned(verdict: Verdict, wrong: list[str]) -> Verdict:
@@ -112,52 +162,24 @@ def _undetermined(verdict: Verdict) -> Verdict:
     )
 
 
-def float64_fold(original: nn.Module, decisions: Sequence[Decision]) -> nn.Module:
-    """A float64 copy of `original` with the groups of `decisions` fused, unrounded.
+def _untouched(fold: Fold) -> bool:
+    """Whether a run has shown that forward does not write to what the model holds: then those who only run it
+    need no copy of its parameters."""
+    recordings = (decision.region.recording for decision in fold.decisions if decision.region is not None)
+    recording = next(recordings, None)
+    return recording is not None and not recording.written and fold.source.vocabulary.mode == "folded"
 
-    Raises RefusedError where float64 weights cannot be fused: the caller has fused them in a narrower dtype.
-    """
-    twin = widened(original)
-    with float64_arithmetic():  # what computes a weight is run here too
-        _, refused = fuse_tree(ModuleTree(twin), decisions)
-    if refused:
-        raise RefusedError(*(f"{' + '.join(no.group)}: {no.reason}" for no in refused))
-    return twin
+
+def _copied(model: nn.Module, *, lend: bool) -> nn.Module:
+    """A copy in eval mode; with `lend` it has the very parameters of `model`: nobody may write to them."""
+    own = {id(p): p for p in model.parameters()} if lend else {}
+    return in_eval_mode(duplicate(model, own))
 
 
 def prove_alone(fold: Fold, artifact: Checkpoint, proof: Proof) -> tuple[Verdict, list[GroupCheck]]:
     """Judges each group by itself on random input; all other tensors have to be the original's own bits."""
-    dtypes = (torch.empty(0, dtype=tensor.dtype) for tensor in artifact.tensors.values())
-    found = Findings([], narrowest(dtypes))
-    wrong = sorted(fold.layout.keys() ^ artifact.tensors.keys())
-    keymap = fold.keymap
-    for number, (decision, rewrite) in enumerate(zip(fold.decisions, fold.rewrites, strict=True)):
-        proof.tick(f"group {number + 1} of {len(fold.decisions)}")
-        names = {key: new for key in rewrite.tensors if (new := keymap(key)) is not None}
-        stored = {key: artifact.tensors[new].load() for key, new in names.items() if new in artifact.tensors}
-        members = {path: fold.source.member(path, fold.modules[path]) for path in decision.members}
-        check, misstored = judge_alone(members, decision.rewrite, stored, proof.seed)
-        found.checks.append(check)
-        wrong += [names.get(key, key) for key in misstored]
-    wrong += [*_changed(fold, artifact), *mislearned(fold, artifact)]
-    found.note_stored(wrong, len(artifact.tensors))
-    return verdict_of(found, proof.seed), found.checks
-
-
-def _changed(fold: Fold, artifact: Checkpoint) -> list[str]:
-    """Keys that no fold touched and whose tensor, or extra state, is not the original's."""
-    keymap, folded = fold.keymap, fold.folded
-    kept, stored = extra_state(fold), artifact.others
-    changed = [
-        name for name in kept.keys() | stored.keys() if not same_state(kept.get(name), stored.get(name))
-    ]
-    for key, original in fold.source.checkpoint.tensors.items():
-        new = keymap(key)
-        if new in folded or new not in artifact.tensors or new not in fold.layout:
-            continue
-        if not _same_bits(original.load(), artifact.tensors[new].load()):
-            changed.append(str(new))
-    return changed
+    verdict, checks = judge(_subject(fold, artifact), seed=proof.seed, progress=proof.tick)
+    return _with_learned(verdict, mislearned(fold, artifact)), checks
 
 
 def mislearned(fold: Fold, artifact: Checkpoint) -> list[str]:
@@ -165,15 +187,8 @@ def mislearned(fold: Fold, artifact: Checkpoint) -> list[str]:
     return [
         name
         for name, tensor in fold.learned.tensors.items()
-        if name not in artifact.tensors or not _same_bits(tensor, artifact.tensors[name].load())
+        if name not in artifact.tensors or not same_bits(tensor, artifact.tensors[name].load())
     ]
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    # NaN is equal to NaN here: the question is whether the bytes were kept.
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
 def reported(reports: Sequence[GroupReport], checks: Sequence[GroupCheck]) -> tuple[GroupReport, ...]:
@@ -182,7 +197,7 @@ def reported(reports: Sequence[GroupReport], checks: Sequence[GroupCheck]) -> tu
         replace(
             report,
             status=str(check.judgement),
-            float64_error=check.difference.error if check.calls else None,
+            float64_error=check.difference.error if check.ran else None,
             drift=check.drift,
             noise_floor=check.noise_floor,
             notes=(*report.notes, *filter(None, [check.why])),

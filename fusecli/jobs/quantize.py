@@ -15,7 +15,6 @@ from torch.fx import GraphModule
 
 from fusecli.checkpoint import check_target, open_checkpoint, staged, write_safetensors
 from fusecli.consent import Consent
-from fusecli.equivalence.compare import TOLERANCE
 from fusecli.errors import ExitCode, Problem, UsageError
 from fusecli.int8.bias import correct_biases
 from fusecli.int8.equalize import Equalized, equalized, unequal
@@ -30,6 +29,7 @@ from fusecli.jobs.floats import Floats, Stopped, floats_of
 from fusecli.jobs.proof import Tick
 from fusecli.jobs.weight_ranges import channel_range
 from fusecli.outcome import EqualizedReport, Outcome, Quantization
+from fusecli.proof.compare import TOLERANCE
 from fusecli.rewrite import MANIFEST_KEY
 from fusecli.sample import Sample
 from fusecli.spec import Spec

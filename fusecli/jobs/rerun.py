@@ -8,7 +8,6 @@ from torch import nn
 
 from fusecli.errors import UsageError
 from fusecli.graph.dataflow import Recording
-from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
 from fusecli.rewrite import ModuleTree, Rewrite, apply_edits
 
@@ -17,11 +16,11 @@ def edited_run(run: Run, rewrites: Sequence[Rewrite]) -> Recording | None:
     """A run of the edited model on the same inputs, without the folded numbers; None if it does not run."""
 
     def edited(model: nn.Module) -> nn.Module:
-        twin = duplicate(model)
-        apply_edits(ModuleTree(twin), [edit for rewrite in rewrites for edit in rewrite.edits])
-        return twin
+        apply_edits(ModuleTree(model), [edit for rewrite in rewrites for edit in rewrite.edits])
+        return model
 
+    structure = edited(run.numbers())
     try:
-        return Run(edited(run.structure), run.sample, lambda: edited(run.numbers()), run.fakes).recording
+        return Run(structure, run.sample, lambda: structure).recording
     except UsageError:
         return None

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
-from torch import nn
-
 from fusecli.engine import plan
-from fusecli.equivalence.compare import Difference
-from fusecli.equivalence.sizes import Axes, at_other_sizes, sizes_of
 from fusecli.errors import UsageError
 from fusecli.graph.record import Run
 from fusecli.jobs.fold import Fold, Refused
 from fusecli.outcome import Refusal
+from fusecli.proof.compare import Difference
+from fusecli.proof.sizes import Axes, at_other_sizes, sizes_of
 from fusecli.rewrite import ModuleTree
 from fusecli.sample import Sample
 
@@ -30,8 +28,7 @@ def require_other_sizes(fold: Fold, run: Run, dynamic: Sequence[Axes] = ()) -> N
     refused: list[Refusal] = []
 
     def differs(sample: Sample) -> Difference | None:
-        numbers = _none if run.recording.fake else run.numbers
-        other = Run(run.structure, sample, numbers, run.fakes)
+        other = Run(run.structure, sample, run.numbers)
         try:
             found = plan(ModuleTree(run.structure), groups, source.vocabulary, other)
         except UsageError:  # it does not run so
@@ -45,8 +42,3 @@ def require_other_sizes(fold: Fold, run: Run, dynamic: Sequence[Axes] = ()) -> N
         at_other_sizes(run.sample, dynamic, differs)
     if refused:
         raise Refused(refused)
-
-
-def _none() -> nn.Module:
-    """Where shapes were enough once, no numbers are loaded to find that other sizes do not run."""
-    raise UsageError("it runs on shapes")

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from fusecli import rules
-from fusecli.artifact import load_strictly, loaded, tie, ties_of
+from fusecli.artifact import lent, load_strictly, loaded, parameter_names, tie, ties_of, without_numbers
 from fusecli.blame import code_failed
 from fusecli.checkpoint import Checkpoint, StoredTensor
 from fusecli.consent import Consent, load_class, load_object
 from fusecli.engine import CustomFuser, Group, Vocabulary, bake_tree, separate
-from fusecli.errors import Problem, UsageError
+from fusecli.errors import Problem, RefusedError, UsageError
 from fusecli.graph.materialise import duplicate, with_tensors
 from fusecli.graph.memory import same_memory
+from fusecli.graph.record import Run
 from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
 from fusecli.jobs.adapter import Adapter, dress, open_adapter, require_known
 from fusecli.jobs.reading import Reading, read_for
 from fusecli.outcome import LedgerEntry
+from fusecli.plain import some
 from fusecli.rewrite import MANIFEST_KEY, ModuleTree, plant
 from fusecli.spec import Spec
 from fusecli.spec.groups import GroupSpec
@@ -34,6 +36,7 @@ from fusecli.spec.wildcards import bind_groups
 if TYPE_CHECKING:
     from fusecli.jobs.trained import Trained
 
+_LARGE = 256 * 2**20  # bytes; what is larger is not copied to be recorded
 _BUILT = "_fusecli_built"  # on a model that a factory has made
 
 
@@ -120,12 +123,19 @@ class Source:
         if self.adapter is not None:
             dress(model, self.adapter)
 
-    def original(self) -> nn.Module:
-        """A fresh model with the checkpoint's tensors, in eval mode."""
+    def original(self, *, lend: bool = False) -> nn.Module:
+        """A fresh model with the checkpoint's tensors, in eval mode.
+
+        With `lend` parameters are the file's own memory, as long as it is open: nobody may write to them."""
         assert self.build is not None
-        model = self.build()
+        build = self.build
+        if lend and (model := lent(lambda: self._loaded(without_numbers(build), lend=True))) is not None:
+            return model
+        return self._loaded(build())
+
+    def _loaded(self, model: nn.Module, *, lend: bool = False) -> nn.Module:
         self._prepare(model)
-        state = loaded(self._as_stored())
+        state = loaded(self._as_stored(), parameter_names(model) if lend else ())
         # As users load it: what shares memory has the numbers that are copied last.
         joined = {name for names in same_memory(model) for name in names}
         load_strictly(model, state, str(self.checkpoint.path), joined)
@@ -142,9 +152,26 @@ class Source:
 
     def runnable(self) -> nn.Module:
         """The original with the structure of the skeleton, to be run: its computed weights are rounded."""
-        model = self.original()
+        model = self.original(lend=self._is_large)
         bake_tree(ModuleTree(model), self.bakes)
         return model
+
+    @property
+    def _is_large(self) -> bool:
+        return sum(tensor.nbytes for tensor in self.checkpoint.tensors.values()) > _LARGE
+
+    def require_unwritten(self, run: Run) -> None:
+        """Guard for a model that is run on the file's own memory: raises RefusedError where forward has
+        written to it."""
+        try:
+            written = sorted(run.recording.written & self.checkpoint.tensors.keys()) if self._is_large else ()
+        except UsageError:  # it does not run
+            return
+        if written:
+            what = f"forward writes to {some(written)}, and the model is too large to be copied for each run"
+            raise RefusedError(
+                Problem(what, str(self.checkpoint.path), "let forward leave its parameters alone")
+            )
 
     @cached_property
     def built(self) -> dict[str, nn.Module]:

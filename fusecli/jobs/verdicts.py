@@ -8,7 +8,6 @@ from dataclasses import replace
 from fusecli.checkpoint import Checkpoint
 from fusecli.consent import Consent
 from fusecli.engine import Decision
-from fusecli.equivalence.groups import GroupCheck
 from fusecli.errors import ExitCode
 from fusecli.graph.record import Run
 from fusecli.jobs.fold import Fold
@@ -16,6 +15,7 @@ from fusecli.jobs.inputs import dynamic_axes, samples_of
 from fusecli.jobs.proof import Proof, Tick, prove_alone, prove_with_model
 from fusecli.outcome import Evidence, GroupReport, Judgement, Outcome, Refusal, Verdict
 from fusecli.plain import some
+from fusecli.proof.groups import GroupCheck
 from fusecli.spec import Spec
 
 STATUS = {
@@ -118,5 +118,4 @@ def recorded(run: Run | None) -> str:
     if run is None or "recording" not in vars(run):
         return ""
     recording = run.recording
-    kind = "fake tensors (shapes, no numbers)" if recording.fake else "real tensors"
-    return f"{len(recording.calls):,} op calls of one forward, on {kind}"
+    return f"{len(recording.calls):,} op calls of one forward"

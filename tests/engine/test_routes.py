@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fusecli
 from tests import nets
-from tests.equivalence.nets import X, bn, conv, net
+from tests.proof.nets import X, bn, conv, net
 from tests.rules.side_by_side import relative_error
 from tests.rules.wired import folded, fused, left, refusal
 

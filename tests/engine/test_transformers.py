@@ -20,8 +20,8 @@ from fusecli.errors import ExitCode
 from fusecli.outcome import Outcome
 from tests import transformers
 from tests.conftest import Cli
-from tests.equivalence.nets import net
 from tests.nets import float64, images, randomise
+from tests.proof.nets import net
 from tests.rules.side_by_side import relative_error
 from tests.rules.wired import RMSNorm, left, refusal, state
 from tests.transformers import FOLDED, LENGTH, WIDTH, WORDS, GemmaRMSNorm, LanguageModel, build

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import fusecli
 from fusecli.outcome import Unfused
-from tests.equivalence.nets import conv, net
 from tests.nets import ActFirstNorm2d, BatchNormAct2d, ReluNorm2d, StandardisedConv2d, images
+from tests.proof.nets import conv, net
 
 X = images(2, 3, 8, 8)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusecli
-from tests.equivalence.nets import X, bn, conv, net
 from tests.nets import randomise
+from tests.proof.nets import X, bn, conv, net
 
 
 def groups(model: Any, x: Any = X) -> list[tuple[str, ...]]:

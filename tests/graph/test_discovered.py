@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests import nets
-from tests.graph.conftest import both, folds, left, offered
+from tests.graph.conftest import folds, left, offered
 
 X = nets.images(2, 3, 6, 6)
 
@@ -101,14 +101,12 @@ STAYS = {
 }
 
 
-@both
 @pytest.mark.parametrize("name", STAYS)
-def test_a_norm_that_is_left(name: str, real: bool) -> None:
+def test_a_norm_that_is_left(name: str) -> None:
     net, code = STAYS[name]
-    assert left(net.eval(), X, real=real) == {"bn": code}
+    assert left(net.eval(), X) == {"bn": code}
 
 
-@both
 @pytest.mark.parametrize(
     ("function", "op"),
     [
@@ -120,22 +118,20 @@ def test_a_norm_that_is_left(name: str, real: bool) -> None:
     ],
     ids=["relu", "pool", "add", "cat", "mul"],
 )
-def test_the_op_that_feeds_a_norm_is_named(function: Any, op: str, real: bool) -> None:
-    (unfused,) = offered(nets.randomise(Between(function), 0), X, real=real).left
+def test_the_op_that_feeds_a_norm_is_named(function: Any, op: str) -> None:
+    (unfused,) = offered(nets.randomise(Between(function), 0), X).left
     assert (unfused.module, unfused.code) == ("bn", "no-linear-producer")
     assert f"{op} in the model's forward" in unfused.reason
 
 
-@both
-def test_a_branch_that_no_input_takes(real: bool) -> None:
+def test_a_branch_that_no_input_takes() -> None:
     net = nets.randomise(Branches(), 0)
-    assert folds(net, X, real=real) == [("conv", "bn")]
-    assert left(net, X, real=real) == {"unused_bn": "not-executed"}
+    assert folds(net, X) == [("conv", "bn")]
+    assert left(net, X) == {"unused_bn": "not-executed"}
 
 
-@both
-def test_a_norm_by_a_function_call(real: bool) -> None:
-    (unfused,) = offered(Functional().eval(), X, real=real).left
+def test_a_norm_by_a_function_call() -> None:
+    (unfused,) = offered(Functional().eval(), X).left
     assert (unfused.module, unfused.code) == ("(the model)", "functional-norm")
 
 
@@ -150,9 +146,8 @@ FOLDS = {
 }
 
 
-@both
 @pytest.mark.parametrize("name", FOLDS)
-def test_a_norm_that_folds(name: str, real: bool) -> None:
+def test_a_norm_that_folds(name: str) -> None:
     net = conv(FOLDS[name], bias=False)
-    assert folds(net, X, real=real) == [("conv", "bn")]
-    assert left(net, X, real=real) == {}
+    assert folds(net, X) == [("conv", "bn")]
+    assert left(net, X) == {}

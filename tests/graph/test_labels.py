@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusecli.graph.labels import CONFLICT, along, labels_at
 from tests import nets
-from tests.graph.conftest import both, folds, left, recorded
+from tests.graph.conftest import folds, left, recorded
 
 N, C, L = 2, 3, 4
 
@@ -28,8 +28,8 @@ class Moves(nn.Module):
         return self.move(x) + 1 if self.move.__code__.co_argcount == 1 else self.move(self, x) + 1
 
 
-def moved(move: Callable[..., Tensor], seeds: Callable[..., dict[int, Tensor]], real: bool) -> Tensor | None:
-    recording = recorded(Moves(move), nets.images(N, C, L), real=real)
+def moved(move: Callable[..., Tensor], seeds: Callable[..., dict[int, Tensor]]) -> Tensor | None:
+    recording = recorded(Moves(move), nets.images(N, C, L))
     return labels_at(recording, recording.calls[-1].reads[0], seeds(recording))
 
 
@@ -52,30 +52,27 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@both
 @pytest.mark.parametrize("name", MOVES)
-def test_a_move_carries_labels(name: str, real: bool) -> None:
+def test_a_move_carries_labels(name: str) -> None:
     move = MOVES[name]
-    labels = moved(move, of_input, real)
+    labels = moved(move, of_input)
     assert labels is not None
     expected = move(along((N, C, L), 1).contiguous())
     assert torch.equal(labels.to(torch.int32), expected.to(torch.int32))
 
 
-@both
-def test_labels_that_agree_stay(real: bool) -> None:
+def test_labels_that_agree_stay() -> None:
     def scaled(net: Moves, x: Tensor) -> Tensor:
         return x * net.scale.view(1, -1, 1)
 
     def seeds(recording: object) -> dict[int, Tensor]:
         return of_input(recording) | {recording.named("scale").number: along((C,), 0)}  # type: ignore[attr-defined]
 
-    labels = moved(scaled, seeds, real)
+    labels = moved(scaled, seeds)
     assert labels is not None
     assert torch.equal(labels, along((N, C, L), 1))
 
 
-@both
 @pytest.mark.parametrize(
     "mix",
     [
@@ -84,21 +81,20 @@ def test_labels_that_agree_stay(real: bool) -> None:
     ],
     ids=["two orders", "scaled along another axis"],
 )
-def test_two_labels_in_one_element_are_a_conflict(mix: Callable[..., Tensor], real: bool) -> None:
+def test_two_labels_in_one_element_are_a_conflict(mix: Callable[..., Tensor]) -> None:
     def seeds(recording: object) -> dict[int, Tensor]:
         return of_input(recording) | {recording.named("scale").number: along((C,), 0)}  # type: ignore[attr-defined]
 
-    labels = moved(mix, seeds, real)
+    labels = moved(mix, seeds)
     assert labels is not None
     assert bool((labels == CONFLICT).any())
 
 
 def test_no_label_arrives_from_elsewhere() -> None:
-    assert moved(lambda x: torch.ones(N, C, L), of_input, False) is None
-    assert moved(lambda net, x: net.scale * 2, of_input, False) is None
+    assert moved(lambda x: torch.ones(N, C, L), of_input) is None
+    assert moved(lambda net, x: net.scale * 2, of_input) is None
 
 
-@both
 @pytest.mark.parametrize(
     ("move", "op"),
     [
@@ -108,39 +104,35 @@ def test_no_label_arrives_from_elsewhere() -> None:
         (lambda x: x.amax(1, keepdim=True).expand(-1, C, -1), "aten.amax"),
     ],
 )
-def test_an_op_that_is_not_known_is_named(move: Callable[[Tensor], Tensor], op: str, real: bool) -> None:
+def test_an_op_that_is_not_known_is_named(move: Callable[[Tensor], Tensor], op: str) -> None:
     with pytest.raises(LookupError, match=op):
-        moved(move, of_input, real)
+        moved(move, of_input)
 
 
 # --- what it is for
 
 
-@both
-def test_instance_norm_repeats_its_statistics(real: bool) -> None:
+def test_instance_norm_repeats_its_statistics() -> None:
     norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
     net = nets.chain(conv=nn.Conv2d(3, 4, 3), norm=norm)
-    assert folds(net, nets.images(2, 3, 5, 5), real=real) == [("conv", "norm")]
+    assert folds(net, nets.images(2, 3, 5, 5)) == [("conv", "norm")]
 
 
-@both
-def test_a_frozen_norm_reshapes_its_vectors(real: bool) -> None:
+def test_a_frozen_norm_reshapes_its_vectors() -> None:
     net = nets.chain(conv=nn.Conv2d(3, 4, 3), norm=nets.FrozenBatchNorm2d(4))
-    assert folds(net, nets.images(2, 3, 5, 5), real=real) == [("conv", "norm")]
+    assert folds(net, nets.images(2, 3, 5, 5)) == [("conv", "norm")]
 
 
-@both
-def test_a_frozen_norm_on_another_axis(real: bool) -> None:
+def test_a_frozen_norm_on_another_axis() -> None:
     class Across(nets.FrozenBatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
     net = nets.chain(conv=nn.Conv2d(3, 3, 3), norm=Across(3))
-    assert left(net, nets.images(2, 3, 5, 5), real=real) == {"norm": "bn-axis"}
+    assert left(net, nets.images(2, 3, 5, 5)) == {"norm": "bn-axis"}
 
 
-@both
-def test_channels_that_were_shuffled(real: bool) -> None:
+def test_channels_that_were_shuffled() -> None:
     class Shuffled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -150,4 +142,4 @@ def test_channels_that_were_shuffled(real: bool) -> None:
             y = self.conv(x)
             return self.bn(y.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2))
 
-    assert left(nets.randomise(Shuffled(), 0), nets.images(2, 3, 5, 5), real=real) == {}
+    assert left(nets.randomise(Shuffled(), 0), nets.images(2, 3, 5, 5)) == {}

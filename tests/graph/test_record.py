@@ -1,4 +1,4 @@
-"""One run on a copy: with fake tensors if it can be, with real ones by itself, and nothing is left behind."""
+"""One run on a copy, with its numbers, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fusecli.errors import UsageError
 from fusecli.graph.record import Run
-from fusecli.sample import Sample, tensors_in
+from fusecli.sample import Sample
 from tests import nets
-from tests.graph.conftest import both, folds, left, recorded, run_of
+from tests.graph.conftest import folds, left, recorded, run_of
 
 X = nets.images(2, 3, 5, 5)
 
@@ -51,32 +50,13 @@ class Behind(nn.Module):
 )
 def test_what_depends_on_numbers_is_run_on_numbers(then: Callable[[Tensor], Any]) -> None:
     net = nets.randomise(Behind(then), 0)
-    assert recorded(net, X).fake is False
     assert folds(net, X) == [("conv", "bn")]
 
 
-def test_what_needs_no_numbers_gets_none() -> None:
+def test_a_structure_without_numbers_will_do() -> None:
     net = nets.randomise(Behind(torch.sigmoid), 0)
-    built: list[int] = []
-
-    def numbers() -> nn.Module:
-        built.append(1)
-        return copy.deepcopy(net)
-
-    assert Run(copy.deepcopy(net).to("meta"), Sample((X,)), numbers).recording.fake is True
-    assert built == []
-
-
-@pytest.mark.parametrize("name", ["conv_bn", "two_pairs"])
-def test_both_kinds_of_run_show_the_same(name: str) -> None:
-    net = getattr(nets, name)()
-    fake, real = (recorded(net, X, real=real) for real in (False, True))
-    assert (fake.fake, real.fake) == (True, False)
-    assert [(call.name, call.reads, call.makes) for call in fake.calls] == [
-        (call.name, call.reads, call.makes) for call in real.calls
-    ]
-    assert fake.values == real.values
-    assert fake.visits == real.visits
+    run = Run(copy.deepcopy(net).to("meta"), Sample((X,)), lambda: copy.deepcopy(net))
+    assert run.recording.calls == recorded(net, X).calls
 
 
 def test_a_half_precision_model_runs_on_float32_inputs() -> None:
@@ -87,7 +67,6 @@ def test_a_half_precision_model_runs_on_float32_inputs() -> None:
 
 def test_random_numbers_are_no_obstacle() -> None:
     net = nets.randomise(Behind(lambda y: y + torch.rand_like(y) + random.random() + np.random.rand()), 0)
-    assert recorded(net, X).fake is True
     assert folds(net, X) == [("conv", "bn")]
 
 
@@ -109,14 +88,12 @@ class Caches(nn.Module):
         return y * self.mask + self.cache["bias"]
 
 
-@both
-def test_a_cache_stays_in_the_copy(real: bool) -> None:
+def test_a_cache_stays_in_the_copy() -> None:
     net = nets.randomise(Caches(), 0)
-    assert folds(net, X, real=real) == [("conv", "bn")]
+    assert folds(net, X) == [("conv", "bn")]
     assert (net.cache, hasattr(net, "mask"), hasattr(net, "late")) == ({}, False, False)
     net(X)
-    assert folds(net, X, real=real) == [("conv", "bn")]
-    assert not any(isinstance(t, FakeTensor) for t in tensors_in((net.cache, vars(net), net._buffers)))
+    assert folds(net, X) == [("conv", "bn")]
     assert net(X).shape == (2, 4, 3, 3)
 
 
@@ -164,14 +141,11 @@ def state(net: nn.Module) -> list[Any]:
     ]
 
 
-@both
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
-def test_a_run_leaves_everything_as_it_was(fails: bool, real: bool) -> None:
+def test_a_run_leaves_everything_as_it_was(fails: bool) -> None:
     net = nets.randomise(Spoils(fails), 0)
     net.train()
     net.bn.eval()
-    if real:
-        net.bn.register_forward_hook(lambda *_: None)
     x = X.clone()
     tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     before, generator = state(net), torch.get_rng_state()
@@ -179,7 +153,7 @@ def test_a_run_leaves_everything_as_it_was(fails: bool, real: bool) -> None:
         with pytest.raises(UsageError, match="does not run on these inputs: RuntimeError: no such luck"):
             recorded(net, x)
     else:
-        assert recorded(net, x).fake is not real
+        recorded(net, x)
     assert state(net) == before
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in net.state_dict().items())
@@ -199,9 +173,8 @@ def test_a_run_is_in_eval_mode_whatever_the_model_is_in() -> None:
     assert net.training
 
 
-@both
 @pytest.mark.parametrize("inside", [True, False])
-def test_inference_mode_shows_the_same_ops(inside: bool, real: bool) -> None:
+def test_inference_mode_shows_the_same_ops(inside: bool) -> None:
     """There, composite ops are not taken apart by torch itself."""
 
     class Infers(Behind):
@@ -211,8 +184,8 @@ def test_inference_mode_shows_the_same_ops(inside: bool, real: bool) -> None:
 
     net = nets.randomise(Infers(nn.Dropout()), 0)
     with nullcontext() if inside else torch.inference_mode():
-        names = {call.name for call in recorded(net, X, real=real).calls}
-        assert folds(net, X, real=real) == [("conv", "bn")]
+        names = {call.name for call in recorded(net, X).calls}
+        assert folds(net, X) == [("conv", "bn")]
     assert {"aten.convolution", "aten._native_batch_norm_legit_no_training"} <= names
     assert not {"aten.conv2d", "aten.batch_norm", "aten.dropout"} & names
 
@@ -221,7 +194,6 @@ def test_a_weight_that_a_hook_computes() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and in use all the same
         net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)).eval()
-    assert recorded(net, X).fake is False
     assert left(net, X) == {"1": "parametrized"}
 
 

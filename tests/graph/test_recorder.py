@@ -1,4 +1,4 @@
-"""Who reads a value: whatever the code does with an activation, it shows, on fake and on real tensors."""
+"""Who reads a value: whatever the code does with an activation, it shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fusecli.graph.memory import same_memory
 from fusecli.graph.sites import layer_sites, strangers
 from tests import nets
-from tests.graph.conftest import both, folds, left, readers, recorded
+from tests.graph.conftest import folds, left, readers, recorded
 from tests.torchscript import scripted
 
 X = nets.images(2, 3, 5, 5)
@@ -107,18 +107,16 @@ LOOKS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
 }
 
 
-@both
 @pytest.mark.parametrize("name", LOOKS)
-def test_whatever_looks_at_a_value_reads_it(name: str, real: bool) -> None:
+def test_whatever_looks_at_a_value_reads_it(name: str) -> None:
     look, reader = LOOKS[name]
     net = nets.randomise(Watched(look), 0)
-    found = readers(recorded(net, X, real=real), "conv")
+    found = readers(recorded(net, X), "conv")
     assert found[0] == NORM
     assert any(described.startswith(reader) for described in found[1:]), found
-    assert left(net, X, real=real) == {"bn": "multiple-consumers"}
+    assert left(net, X) == {"bn": "multiple-consumers"}
 
 
-@both
 @pytest.mark.parametrize(
     "look",
     [
@@ -130,14 +128,13 @@ def test_whatever_looks_at_a_value_reads_it(name: str, real: bool) -> None:
     ],
     ids=["nothing", "thrown away", "view thrown away", "shape", "empty"],
 )
-def test_what_comes_to_nothing_reads_nothing(look: Callable[[Any, Tensor], Any], real: bool) -> None:
+def test_what_comes_to_nothing_reads_nothing(look: Callable[[Any, Tensor], Any]) -> None:
     net = nets.randomise(Watched(look), 0)
-    assert readers(recorded(net, X, real=real), "conv") == [NORM]
-    assert folds(net, X, real=real) == [("conv", "bn")]
+    assert readers(recorded(net, X), "conv") == [NORM]
+    assert folds(net, X) == [("conv", "bn")]
 
 
-@both
-def test_the_norm_reads_the_version_that_a_write_has_left(real: bool) -> None:
+def test_the_norm_reads_the_version_that_a_write_has_left() -> None:
     class Overwritten(Watched):
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
@@ -145,12 +142,12 @@ def test_the_norm_reads_the_version_that_a_write_has_left(real: bool) -> None:
             return self.bn(y)
 
     net = nets.randomise(Overwritten(lambda *_: None), 0)
-    recording = recorded(net, X, real=real)
+    recording = recorded(net, X)
     (norm,) = [call for call in recording.calls if call.name == "aten.native_batch_norm"]
     (site,) = layer_sites(recording, "conv")
     assert norm.reads[0] != site.exit
     assert recording.maker(norm.reads[0]).name.startswith("aten.fill_")  # type: ignore[union-attr]
-    assert left(net, X, real=real) == {"bn": "no-linear-producer"}
+    assert left(net, X) == {"bn": "no-linear-producer"}
 
 
 def test_memory_that_is_used_again_is_another_storage() -> None:
@@ -160,20 +157,19 @@ def test_memory_that_is_used_again_is_another_storage() -> None:
                 x = x * 2  # the tensor before is freed, and its memory is given out again
             return x
 
-    recording = recorded(Frees(), torch.ones(64), real=True)
+    recording = recorded(Frees(), torch.ones(64))
     products = [call for call in recording.calls if call.name == "aten.mul"]
     assert len({call.makes for call in products}) == 50
     assert [call.reads[0] for call in products[1:]] == [call.makes[0] for call in products[:-1]]
 
 
-@both
-def test_hooks_of_the_user_read(real: bool) -> None:
+def test_hooks_of_the_user_read() -> None:
     kept: list[Any] = []
     net = nets.conv_bn()
     handle = net.conv.register_forward_hook(lambda module, args, output: kept.append(output))
-    assert "kept after the run by a hook" in readers(recorded(net, X, real=real), "conv")[1]
+    assert "kept after the run by a hook" in readers(recorded(net, X), "conv")[1]
     assert left(net, X) == {"bn": "multiple-consumers"}
-    assert {type(tensor) for tensor in kept} == {Tensor}  # not a fake one
+    assert {type(tensor) for tensor in kept} == {Tensor}
     handle.remove()
     net.conv.register_forward_hook(lambda module, args, output: kept.append(float(output.sum())))
     assert readers(recorded(net, X), "conv")[0] == "aten.sum in the model's forward"
@@ -185,7 +181,7 @@ def test_a_hook_that_only_looks_reads_nothing() -> None:
     net = nets.conv_bn()
     net.conv.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     recording = recorded(net, X)
-    assert (recording.fake, readers(recording, "conv")) == (False, [NORM])
+    assert readers(recording, "conv") == [NORM]
     assert folds(net, X) == [("conv", "bn")]
 
 
@@ -204,7 +200,6 @@ class Reads(nn.Module):
         return self.conv(x).sum() + F.conv2d(x, self.how(self.conv.weight)).sum()
 
 
-@both
 @pytest.mark.parametrize(
     "how",
     [
@@ -219,45 +214,42 @@ class Reads(nn.Module):
     ],
     ids=["itself", "data", "detach", "transpose", "t and view", "expand", "clone", "cast"],
 )
-def test_a_weight_is_known_by_what_it_is(how: Callable[[Tensor], Tensor], real: bool) -> None:
-    recording = recorded(Reads(how), X, real=real)
+def test_a_weight_is_known_by_what_it_is(how: Callable[[Tensor], Tensor]) -> None:
+    recording = recorded(Reads(how), X)
     assert [recording.described(call) for call in strangers(recording, "conv")] == [
         "aten.convolution in the model's forward"
     ]
 
 
-@both
 @pytest.mark.parametrize("own", [True, False], ids=["called too", "never called"])
-def test_a_weight_that_a_function_applies(own: bool, real: bool) -> None:
+def test_a_weight_that_a_function_applies(own: bool) -> None:
     class Applies(Watched):
         def forward(self, x: Tensor) -> Any:
             y = F.conv2d(x, self.conv.weight, self.conv.bias)
             return self.bn(y), self.conv(x) if own else None
 
     net = nets.randomise(Applies(lambda *_: None), 0)
-    assert left(net, X, real=real) == {"bn": "shared-weight" if own else "functional-layer"}
+    assert left(net, X) == {"bn": "shared-weight" if own else "functional-layer"}
 
 
-@both
-def test_one_parameter_under_two_names(real: bool) -> None:
+def test_one_parameter_under_two_names() -> None:
     net = nets.two_pairs()
     net.conv2 = nn.Conv2d(6, 6, 3)
     net.bn2 = nn.BatchNorm2d(6)
     net.add_module("conv3", nn.Conv2d(6, 6, 3))
     net.conv3.weight = net.conv2.weight
-    recording = recorded(net.eval(), nets.images(1, 3, 9, 9), real=real)
+    recording = recorded(net.eval(), nets.images(1, 3, 9, 9))
     assert recording.aliases == (frozenset({"conv2.weight", "conv3.weight"}),)
     assert recording.named("conv2.weight") is recording.named("conv3.weight") is not None
-    assert left(net, nets.images(1, 3, 9, 9), real=real) == {"bn2": "tied-weights"}
+    assert left(net, nets.images(1, 3, 9, 9)) == {"bn2": "tied-weights"}
 
 
-@both
-def test_two_parameters_on_one_memory(real: bool) -> None:
+def test_two_parameters_on_one_memory() -> None:
     net = nets.chain(conv=nn.Conv2d(3, 3, 3), bn=nn.BatchNorm2d(3), other=nn.Conv2d(3, 3, 3))
     net.other.weight = nn.Parameter(net.conv.weight.data)
     assert same_memory(net) == (frozenset({"conv.weight", "other.weight"}),)
-    assert recorded(net, X, real=real).aliases == same_memory(net)
-    assert left(net, X, real=real) == {"bn": "tied-weights"}
+    assert recorded(net, X).aliases == same_memory(net)
+    assert left(net, X) == {"bn": "tied-weights"}
 
 
 def test_parts_of_one_storage_are_not_the_same_memory() -> None:
@@ -277,7 +269,6 @@ def dense(inputs: int, outputs: int, **options: Any) -> Any:
     return nets.chain(fc=nn.Linear(inputs, outputs, **options), bn=nn.BatchNorm1d(outputs))
 
 
-@both
 @pytest.mark.parametrize(
     ("shape", "transposed", "bias", "op"),
     [
@@ -291,9 +282,7 @@ def dense(inputs: int, outputs: int, **options: Any) -> Any:
         ((2, 2, 2, 3), False, True, "aten.addmm"),
     ],
 )
-def test_a_linear_layer_has_one_site(
-    shape: tuple[int, ...], transposed: bool, bias: bool, op: str, real: bool
-) -> None:
+def test_a_linear_layer_has_one_site(shape: tuple[int, ...], transposed: bool, bias: bool, op: str) -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -303,7 +292,7 @@ def test_a_linear_layer_has_one_site(
             return self.fc(x.transpose(1, 2) if transposed else x)
 
     # A frozen weight on a transposed tensor is expanded to a bmm; one with gradients is not.
-    recording = recorded(Turned().requires_grad_(not transposed), nets.images(*shape), real=real)
+    recording = recorded(Turned().requires_grad_(not transposed), nets.images(*shape))
     (site,) = layer_sites(recording, "fc")
     (number,) = site.calls
     assert (recording.calls[number].name, site.visit) == (op, 0)
@@ -311,21 +300,18 @@ def test_a_linear_layer_has_one_site(
     assert recording.values[site.exit or 0].shape[-1] == 4
 
 
-@both
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_and_its_norm_fold(bias: bool, real: bool) -> None:
-    assert folds(dense(3, 4, bias=bias), nets.images(5, 3), real=real) == [("fc", "bn")]
+def test_a_linear_layer_and_its_norm_fold(bias: bool) -> None:
+    assert folds(dense(3, 4, bias=bias), nets.images(5, 3)) == [("fc", "bn")]
 
 
-@both
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_norm_over_positions_is_on_the_wrong_axis(bias: bool, real: bool) -> None:
-    assert left(dense(3, 4, bias=bias), nets.images(2, 4, 3), real=real) == {"bn": "bn-axis"}
+def test_a_norm_over_positions_is_on_the_wrong_axis(bias: bool) -> None:
+    assert left(dense(3, 4, bias=bias), nets.images(2, 4, 3)) == {"bn": "bn-axis"}
 
 
-@both
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_norm_on_the_last_axis_folds(frozen: bool, real: bool) -> None:
+def test_a_norm_on_the_last_axis_folds(frozen: bool) -> None:
     """(n, c, l) -> (n, l, c) for the layer, (n, c, l) for the norm: a bmm and an addition if frozen."""
 
     class Turned(nn.Module):
@@ -337,7 +323,7 @@ def test_a_norm_on_the_last_axis_folds(frozen: bool, real: bool) -> None:
             return self.bn(self.fc(x.transpose(1, 2)).transpose(1, 2))
 
     net = nets.randomise(Turned(), 0).requires_grad_(not frozen)
-    assert folds(net, nets.images(2, 3, 5), real=real) == [("fc", "bn")]
+    assert folds(net, nets.images(2, 3, 5)) == [("fc", "bn")]
 
 
 # --- constants
@@ -355,7 +341,6 @@ class Makes(nn.Module):
         return self.make(self.weight, x)
 
 
-@both
 @pytest.mark.parametrize(
     ("make", "constant"),
     [
@@ -371,8 +356,8 @@ class Makes(nn.Module):
     ],
     ids=["of the weight", "arange", "full", "input", "rand", "normal_", "dropout", "numpy", "copy_"],
 )
-def test_what_is_constant(make: Callable[[Tensor, Tensor], Tensor], constant: bool, real: bool) -> None:
-    recording = recorded(Makes(make), torch.ones(3), real=real)
+def test_what_is_constant(make: Callable[[Tensor, Tensor], Tensor], constant: bool) -> None:
+    recording = recorded(Makes(make), torch.ones(3))
     made = recording.calls[-1].reads[0]
     assert recording.values[made].constant is constant
     if constant:
@@ -382,8 +367,7 @@ def test_what_is_constant(make: Callable[[Tensor, Tensor], Tensor], constant: bo
 # --- what forward writes
 
 
-@both
-def test_what_forward_writes_is_known(real: bool) -> None:
+def test_what_forward_writes_is_known() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -398,26 +382,24 @@ def test_what_forward_writes_is_known(real: bool) -> None:
             return x * self.scale + self.shift + self.kept
 
     model = Counts()
-    assert recorded(model, torch.ones(3), real=real).written == {"calls", "scale"}
+    assert recorded(model, torch.ones(3)).written == {"calls", "scale"}
     assert (float(model.calls), model.scale.tolist()) == (0, [1, 1, 1])
 
 
-@both
-def test_a_norm_whose_statistics_are_written_stays(real: bool) -> None:
+def test_a_norm_whose_statistics_are_written_stays() -> None:
     class Drifts(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
             self.running_mean.mul_(0.9)  # type: ignore[union-attr]
             return super().forward(x)
 
     net = nets.chain(conv=nn.Conv2d(3, 4, 3), bn=Drifts(4))
-    assert left(net, X, real=real) == {"bn": "written-in-forward"}
+    assert left(net, X) == {"bn": "written-in-forward"}
 
 
 # --- calls of modules
 
 
-@both
-def test_turns_of_a_module_that_is_called_again(real: bool) -> None:
+def test_turns_of_a_module_that_is_called_again() -> None:
     class Loops(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -429,26 +411,24 @@ def test_turns_of_a_module_that_is_called_again(real: bool) -> None:
             return x
 
     net = nets.randomise(Loops(), 0)
-    recording = recorded(net, X, real=real)
+    recording = recorded(net, X)
     assert [site.visit for site in layer_sites(recording, "conv")] == [0, 1, 2]
     assert [recording.turns[visit.number] for visit in recording.visits_of("bn")] == [0, 1, 2]
-    assert folds(net, X, real=real) == [("conv", "bn")]
+    assert folds(net, X) == [("conv", "bn")]
 
 
-@both
-def test_a_module_under_two_names_is_one(real: bool) -> None:
+def test_a_module_under_two_names_is_one() -> None:
     twice = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     twice.add_module("2", twice[0])
-    recording = recorded(twice.eval(), X, real=real)
+    recording = recorded(twice.eval(), X)
     assert recording.names["0"] == ("0", "2")
     assert recording.visits_of("2") == recording.visits_of("0")
     assert len(recording.visits_of("2")) == 2
-    assert left(twice, X, real=real) == {"1": "shared-module"}
+    assert left(twice, X) == {"1": "shared-module"}
 
 
-@both
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_blocks(reentrant: bool, real: bool) -> None:
+def test_checkpointed_blocks(reentrant: bool) -> None:
     class Saves(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -458,7 +438,7 @@ def test_checkpointed_blocks(reentrant: bool, real: bool) -> None:
             return checkpoint(self.block, x, use_reentrant=reentrant)
 
     net = nets.randomise(Saves(), 0)
-    assert folds(net, X, real=real) == [("block.conv", "block.bn")]
+    assert folds(net, X) == [("block.conv", "block.bn")]
 
 
 def _swish(y: Tensor) -> Tensor:

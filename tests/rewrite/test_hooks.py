@@ -12,7 +12,7 @@ from torch import nn
 from fusecli import fuse, fuse_modules
 from fusecli.outcome import Judgement
 from tests import nets
-from tests.equivalence.nets import judged
+from tests.proof.nets import judged
 
 X = nets.images(2, 3, 9, 8)
 GROUP = ["conv", "bn", "relu"]

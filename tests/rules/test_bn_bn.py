@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests import nets
-from tests.equivalence.nets import X, bn, net
+from tests.proof.nets import X, bn, net
 from tests.rules.wired import (
     DTYPES,
     LayerScale,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fusecli import fuse
 from fusecli.errors import ExitCode, UsageError
 from tests import nets
-from tests.equivalence.nets import X, bn, conv, net
+from tests.proof.nets import X, bn, conv, net
 from tests.rules.wired import (
     DTYPES,
     PlainBatchNorm2d,

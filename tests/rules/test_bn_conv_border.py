@@ -9,8 +9,8 @@ from torch import nn
 import fusecli
 from fusecli.errors import ExitCode
 from fusecli.outcome import Outcome
-from tests.equivalence.nets import bn, conv, net
 from tests.nets import float64
+from tests.proof.nets import bn, conv, net
 from tests.rules.side_by_side import relative_error
 from tests.rules.wired import PlainConv2d, classes, left
 

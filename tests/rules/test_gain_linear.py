@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fusecli
 from tests import nets
-from tests.equivalence.nets import X, conv, net
+from tests.proof.nets import X, conv, net
 from tests.rules.wired import (
     DTYPES,
     Affine,

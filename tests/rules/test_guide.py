@@ -20,7 +20,7 @@ from fusecli.engine import planning
 from fusecli.errors import ExitCode
 from tests import nets
 from tests.conftest import Cli
-from tests.equivalence.nets import net
+from tests.proof.nets import net
 from tests.rules.wired import assert_rounded_once, classes, folded, refusal
 
 README = Path(rules.__file__).parent.parent / "README.md"

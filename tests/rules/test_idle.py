@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fusecli
 from fusecli.errors import ExitCode
-from tests.equivalence.nets import X, bn, conv, net
+from tests.proof.nets import X, bn, conv, net
 from tests.rules.wired import classes
 
 

@@ -10,7 +10,7 @@ from fusecli import fuse, fuse_modules
 from fusecli.errors import RefusedError
 from fusecli.outcome import Judgement
 from tests import nets
-from tests.equivalence.nets import judged
+from tests.proof.nets import judged
 from tests.rules.side_by_side import assert_exact, assert_hooks_run_once, assert_like_torch_ao, kinds
 
 

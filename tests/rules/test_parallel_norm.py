@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import nets
-from tests.equivalence.nets import X, bn, conv, net
+from tests.proof.nets import X, bn, conv, net
 from tests.rules.wired import (
     DTYPES,
     Affine,

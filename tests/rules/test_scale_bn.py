@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests import nets
-from tests.equivalence.nets import X, bn, net
+from tests.proof.nets import X, bn, net
 from tests.rules.wired import (
     DTYPES,
     Affine,

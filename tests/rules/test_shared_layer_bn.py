@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fusecli
-from tests.equivalence.nets import X, bn, conv, net
 from tests.nets import float64
+from tests.proof.nets import X, bn, conv, net
 from tests.rules.side_by_side import relative_error
 from tests.rules.wired import classes, left
 
