@@ -210,6 +210,24 @@ def test_the_users_models_are_left_as_they_were(name: str, foreign: bool) -> Non
     assert torch.equal(x, X)
 
 
+HEADS: dict[str, Any] = {
+    "an output that no op makes": lambda m, x: pair(m, x).numpy() * m.factor,
+    "an output that shows nothing": lambda m, x: (pair(m, x) * m.factor).mean((2, 3)).argmax(1),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_is_no_tensor_is_held_against_the_original_too(head: str) -> None:
+    """By less than float32 shows: an attribute is in no file and in no group."""
+    model = net(HEADS[head], conv=conv(), bn=bn())
+    model.factor = 1.0
+    right = right_fold(model)
+    assert fusecli.verify(model, right, X).equivalent
+    other = copy.deepcopy(right)
+    other.factor = 1.0 + 3e-8
+    assert fusecli.verify(model, other, X).judgement is Judgement.DIFFERENT
+
+
 def test_a_model_in_train_mode_is_judged_in_eval_mode() -> None:
     model = straight().train()
     assert fused(model, PAIR).status == "fused"
