@@ -8,6 +8,7 @@ import pty
 import pwd
 import re
 import select
+import signal
 import sys
 import time
 import traceback
@@ -179,6 +180,8 @@ def on_a_terminal(answer: str, *words: str, program: Callable[[], object] = main
 
 def _in_the_child(words: tuple[str, ...], program: Callable[[], object]) -> NoReturn:
     code = 1
+    # A job that a shell has put into the background ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         os.environ.update(COLUMNS="80", TERM="xterm")
