@@ -46,7 +46,7 @@ from fusecli.jobs.plan import listing, remarks
 from fusecli.jobs.proof import prove_in_memory, reported
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.sizes import require_other_sizes
-from fusecli.jobs.source import Source, folder_of, vocabulary_of
+from fusecli.jobs.source import Source, vocabulary_of
 from fusecli.jobs.verdicts import STATUS, failures, on_all_paths, recorded
 from fusecli.jobs.weight_ranges import weight_range
 from fusecli.outcome import Judgement, LedgerEntry, Mode, Outcome, Proposal, Verdict
@@ -426,7 +426,7 @@ def _with_adapter(
         spec = spec_from_mapping({"adapter": part}, where="fusecli")
     if spec.adapter is None:
         return model, []
-    adapter = open_adapter(spec.adapter, folder_of(spec), spec.where(("adapter",)))
+    adapter = open_adapter(spec.adapter, spec.folder, spec.where(("adapter",)))
     return adapted(model, adapter), [adapter.entry]
 
 

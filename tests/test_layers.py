@@ -83,6 +83,59 @@ def test_a_wrong_import_is_seen():
     assert wrong_imports(hidden, "outcome") == ["line 3: outcome imports report"]
 
 
+def files_of(sources: dict[str, str]) -> dict[str, set[str]]:
+    """For each module the others that it imports, anywhere in it."""
+    found: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        named = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+        # `from fusecli.jobs import facts` is an import of that file, and of the package's own too.
+        found[name] = {other for other in named if other in sources and other != name}
+    return found
+
+
+def circle(imported: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle, the first of them at the end again; [] where there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        found = next(filter(None, (walk(other, [*way, name]) for other in sorted(imported[name]))), [])
+        done.add(name)
+        return found
+
+    return next(filter(None, (walk(name, []) for name in sorted(imported))), [])
+
+
+def test_no_file_imports_itself_through_others():
+    sources = {}
+    for path in FILES:
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        # A package's own file gathers what is in it: its files name it for that, and it is none of them.
+        if parts[-1] != "__init__":
+            sources[".".join(parts)] = path.read_text(encoding="utf-8")
+    assert " -> ".join(circle(files_of(sources))) == ""
+
+
+def test_a_circle_is_seen():
+    hidden = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.a import A"
+    sources = {
+        "p.a": "from p import b",
+        "p.b": "def f():\n    import p.c",
+        "p.c": hidden,
+        "p.d": "import p.a",
+    }
+    assert circle(files_of(sources)) == ["p.a", "p.b", "p.c", "p.a"]
+    assert circle(files_of({**sources, "p.c": ""})) == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_file_needs_what_torch_removes(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))

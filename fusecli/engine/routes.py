@@ -7,16 +7,15 @@ run through the recorded ops and tell which channel of the map arrives at which 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fusecli.engine.aliasing import Aliases
-from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Member
 from fusecli.engine.maps import Map
-from fusecli.engine.walks import Arrival, Downward, Upward
+from fusecli.engine.walks import Arrival, Downward, Terrain, Upward
 from fusecli.errors import NotFoldable, require
 from fusecli.graph.dataflow import Call, described
 from fusecli.graph.labels import CONFLICT, NOWHERE, along, labels_at
@@ -42,39 +41,13 @@ class Way:
 _Reached = tuple[Arrival, tuple[int, ...]]
 
 
-@dataclass
-class Routes:
-    """The routes of the maps in one run.
-
-    maps   every map, by the value that it gives
-    gone   the maps that have been folded: what they gave is what they took
-    may    whether a layer may be changed
-    """
-
-    audit: Audit
-    maps: Sequence[Map]
-    may: Callable[[str], bool]
-    layer: Callable[[Member], Sequence[Site]]
-    gone: set[str] = field(default_factory=set)
+class Routes(Terrain):
+    """The routes of the maps in one run."""
 
     def __post_init__(self) -> None:
-        self.recording = self.audit.recording
-        self._giving = {site.exit: (found, site) for found in self.maps for site in found.sites}
-        self._taking: dict[int | None, list[tuple[Map, Site]]] = {}
-        for found in self.maps:
-            for site in found.sites:
-                self._taking.setdefault(site.entry, []).append((found, site))
+        super().__post_init__()
         leaving = (found.path for found in self.maps if found.member.kind != "gain")
         self._aliases = Aliases(self.recording, leaving)
-
-    def giving(self, value: int | None) -> tuple[Map, Site] | None:
-        """The map that gives `value`, and where."""
-        return self._giving.get(value)
-
-    def taking(self, value: int, call: Call) -> tuple[Map, Site] | None:
-        """The map that takes `value`, and where, if that is what `call` belongs to."""
-        takers = self._taking.get(value, ())
-        return next(((found, site) for found, site in takers if call.number in site.calls), None)
 
     def up(self, found: Map) -> list[Way]:
         """The layers whose outputs the map can be folded into, all of them; raises NotFoldable."""
@@ -92,17 +65,6 @@ class Routes:
         except RecursionError:
             reason = f"the way from {found.path} to a layer is too long to be followed"
             raise NotFoldable("no-linear-producer", reason) from None
-
-    def keeps_range(self, call: Call) -> bool:
-        """Whether an op gives floating-point numbers that can be as large as those it takes: what the map
-        would have scaled down first might overflow in a cast. What a cast rounds is left to the proof."""
-        values = self.recording.values
-        flowing = [values[value].dtype for value in call.reads if not values[value].constant]
-        given = [values[value].dtype for value in call.makes]
-        if not all(dtype.is_floating_point for dtype in (*flowing, *given)):
-            return False
-        # bfloat16 ends where float32 does, but for its shorter mantissa.
-        return all(2 * torch.finfo(b).max > torch.finfo(a).max for a in flowing for b in given)
 
     def _up(self, found: Map, site: Site) -> list[_Reached]:
         require(site.entry is not None, "no-linear-producer", "nothing goes into it that is not normalised")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import torch
 
 from fusecli.engine.audit import Audit
 from fusecli.engine.decisions import Member
@@ -13,9 +15,6 @@ from fusecli.graph.dataflow import Call, described
 from fusecli.graph.kinds import LAYER_KINDS, is_exact
 from fusecli.graph.ops import AVERAGES, JOINS, LAYERS, MOVES, SELECTIONS, SUMS
 from fusecli.graph.sites import Site, adds_bias, weight_of
-
-if TYPE_CHECKING:
-    from fusecli.engine.routes import Routes
 
 # A per-channel affine map on what goes in is the same map on what comes out, as far as the labels tell.
 COMMUTING = MOVES | SELECTIONS | JOINS | AVERAGES
@@ -33,10 +32,54 @@ class Arrival:
 
 
 @dataclass
+class Terrain:
+    """What the walks go through: one run, with its maps.
+
+    maps   every map, by the value that it gives
+    gone   the maps that have been folded: what they gave is what they took
+    may    whether a layer may be changed
+    """
+
+    audit: Audit
+    maps: Sequence[Map]
+    may: Callable[[str], bool]
+    layer: Callable[[Member], Sequence[Site]]
+    gone: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.recording = self.audit.recording
+        self._giving = {site.exit: (found, site) for found in self.maps for site in found.sites}
+        self._taking: dict[int | None, list[tuple[Map, Site]]] = {}
+        for found in self.maps:
+            for site in found.sites:
+                self._taking.setdefault(site.entry, []).append((found, site))
+
+    def giving(self, value: int | None) -> tuple[Map, Site] | None:
+        """The map that gives `value`, and where."""
+        return self._giving.get(value)
+
+    def taking(self, value: int, call: Call) -> tuple[Map, Site] | None:
+        """The map that takes `value`, and where, if that is what `call` belongs to."""
+        takers = self._taking.get(value, ())
+        return next(((found, site) for found, site in takers if call.number in site.calls), None)
+
+    def keeps_range(self, call: Call) -> bool:
+        """Whether an op gives floating-point numbers that can be as large as those it takes: what the map
+        would have scaled down first might overflow in a cast. What a cast rounds is left to the proof."""
+        values = self.recording.values
+        flowing = [values[value].dtype for value in call.reads if not values[value].constant]
+        given = [values[value].dtype for value in call.makes]
+        if not all(dtype.is_floating_point for dtype in (*flowing, *given)):
+            return False
+        # bfloat16 ends where float32 does, but for its shorter mantissa.
+        return all(2 * torch.finfo(b).max > torch.finfo(a).max for a in flowing for b in given)
+
+
+@dataclass
 class Upward:
     """From what a map takes up to the layers that give it."""
 
-    routes: Routes
+    routes: Terrain
     found: Map
     arrivals: list[Arrival] = field(default_factory=list)
     crossed: set[int] = field(default_factory=set)
@@ -131,7 +174,7 @@ class Upward:
 class Downward:
     """From what a map gives down to the layers that take it; `beside` is what joins the way, unchanged."""
 
-    routes: Routes
+    routes: Terrain
     found: Map
     arrivals: list[Arrival] = field(default_factory=list)
     beside: set[int] = field(default_factory=set)

@@ -20,7 +20,6 @@ from fusecli.int8.comparison import by_rows, single
 from fusecli.int8.torchao import quiet
 from fusecli.jobs.fuse import protected as read_by_fuse
 from fusecli.jobs.inputs import as_computed, read_tensor, samples_of
-from fusecli.jobs.source import folder_of
 from fusecli.outcome import LedgerEntry
 from fusecli.sample import Sample, tensors_in
 from fusecli.spec import Spec
@@ -44,7 +43,7 @@ class Batches:
 def protected(spec: Spec) -> list[Path]:
     """Files besides the checkpoint that the work reads: those of a fold, and those to calibrate on."""
     read = [entry.file for entry in tensors_of(spec.quantize.calibrate) if entry.file]
-    return [*read_by_fuse(spec), *(folder_of(spec) / file for file in read)]
+    return [*read_by_fuse(spec), *(spec.folder / file for file in read)]
 
 
 def typed(path: Path, spec: Spec, allow_pickle: bool) -> tuple[Spec, list[LedgerEntry]]:
@@ -96,7 +95,7 @@ def _batches(spec: Spec, seed: int, where: str = "") -> Batches:
         raise UsageError(Problem("it has values that are not finite", where, "look at what is in the file"))
     labels = None
     if named is not None:
-        labels = read_tensor(named.file or "", named.labels or "", folder_of(spec), where)
+        labels = read_tensor(named.file or "", named.labels or "", spec.folder, where)
         _require_classes(labels, rows, where)
         labels = labels.repeat(len(samples))  # of a file beside random inputs: each sample has its rows
     if not random:

@@ -44,7 +44,6 @@ from fusecli.jobs.source import (
     Source,
     adapted_groups,
     dressed,
-    folder_of,
     groups_of,
     module_names,
     planted,
@@ -149,9 +148,9 @@ def protected(spec: Spec) -> list[Path]:
     read = [entry.file for entry in tensors_of(spec.inputs) if entry.file]
     named = [spec.model.factory] if spec.model else []
     named += [extra.fuser for extra in spec.extra_mappings if extra.fuser]
-    adapter = adapter_files(spec.adapter, folder_of(spec)) if spec.adapter else []
+    adapter = adapter_files(spec.adapter, spec.folder) if spec.adapter else []
     read += [source for source in (name.rpartition(":")[0] for name in named) if source.endswith(".py")]
-    return [*filter(None, [spec.source]), *(folder_of(spec) / file for file in read), *adapter]
+    return [*filter(None, [spec.source]), *(spec.folder / file for file in read), *adapter]
 
 
 def _fused_already(outcome: Outcome, checkpoint: Checkpoint, manifest: Manifest, spec: Spec) -> Outcome:

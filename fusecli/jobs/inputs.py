@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fusecli.checkpoint import Checkpoint
 from fusecli.errors import Problem, UsageError
-from fusecli.jobs.source import folder_of
 from fusecli.outcome import LedgerEntry
 from fusecli.sample import Sample, tensors_in
 from fusecli.spec import InputSpec, Spec
@@ -87,7 +86,7 @@ def _sample(spec: Spec, seed: int) -> Sample:
     problems: list[Problem] = []
     for number, entry in enumerate(spec.inputs):
         try:
-            value = _value(entry, generator, folder_of(spec), spec.where(("inputs", number)))
+            value = _value(entry, generator, spec.folder, spec.where(("inputs", number)))
         except UsageError as error:
             problems += error.problems
             continue

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fusecli.engine import Decision, rules_in
 from fusecli.graph.lift import channel_affine
+from fusecli.jobs.learned_scales import Trained
 from fusecli.jobs.source import Source
-from fusecli.jobs.trained import Trained
 from fusecli.outcome import LedgerEntry
 from fusecli.rewrite import QuantizerRecord
 

@@ -25,7 +25,7 @@ from fusecli.jobs.inputs import as_computed, dynamic_axes, samples_of
 from fusecli.jobs.picture import check_around, picture_of
 from fusecli.jobs.rerun import edited_run
 from fusecli.jobs.sizes import require_other_sizes
-from fusecli.jobs.source import folder_of, source_of
+from fusecli.jobs.source import source_of
 from fusecli.jobs.verdicts import recorded
 from fusecli.outcome import LedgerEntry, Outcome, Refusal, Unfused
 from fusecli.picture import Picture
@@ -202,7 +202,7 @@ def _base(request: PlanRequest, spec: Spec) -> Iterator[str]:
             "output",
         },
     )
-    here = folder_of(request.spec)
+    here = request.spec.folder
     for owner, key in _paths(taken):
         file, colon, name = owner[key].rpartition(":") if key != "file" else (owner[key], "", "")
         if key == "file" or file.endswith(".py"):

@@ -7,8 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from fusecli.graph.memory import same_memory
 from fusecli.graph.record import Run
 from fusecli.graph.stand_in import Hints, Unknown, rank_of, stand_in
 from fusecli.jobs.adapter import Adapter, dress, open_adapter, require_known
+from fusecli.jobs.learned_scales import Trained
 from fusecli.jobs.reading import Reading, read_for
 from fusecli.outcome import LedgerEntry
 from fusecli.plain import some
@@ -32,9 +32,6 @@ from fusecli.rewrite import MANIFEST_KEY, ModuleTree, plant
 from fusecli.spec import Spec
 from fusecli.spec.groups import GroupSpec
 from fusecli.spec.wildcards import bind_groups
-
-if TYPE_CHECKING:
-    from fusecli.jobs.trained import Trained
 
 _LARGE = 256 * 2**20  # bytes; what is larger is not copied to be recorded
 _BUILT = "_fusecli_built"  # on a model that a factory has made
@@ -211,7 +208,7 @@ def source_of(checkpoint: Checkpoint, spec: Spec, consent: Consent) -> Source:
     allowed that code."""
     source = _source_of(checkpoint, spec, consent)
     if spec.adapter is not None:
-        source.adapter = open_adapter(spec.adapter, folder_of(spec), spec.where(("adapter",)))
+        source.adapter = open_adapter(spec.adapter, spec.folder, spec.where(("adapter",)))
         source.ledger.append(source.adapter.entry)
     return source
 
@@ -240,7 +237,7 @@ def _train_mode(module: nn.Module) -> list[LedgerEntry]:
 
 def vocabulary_of(spec: Spec, consent: Consent) -> Vocabulary:
     """The spec's extra mappings with their classes and functions imported."""
-    folder = folder_of(spec)
+    folder = spec.folder
     fusers, treat = [], {}
     for extra in spec.extra_mappings:
         if extra.fuser is not None:
@@ -275,16 +272,11 @@ def _chosen_rules(spec: Spec) -> frozenset[str] | None:
     return frozenset(spec.rules or known) - frozenset(spec.no_rules)
 
 
-def folder_of(spec: Spec) -> Path:
-    """Where a spec's relative paths start: its own folder."""
-    return spec.source.parent if spec.source else Path.cwd()
-
-
 def _factory(spec: Spec, consent: Consent) -> Callable[[], nn.Module] | None:
     if spec.model is None:
         return None
     reference, kwargs = spec.model.factory, dict(spec.model.kwargs)
-    factory = load_object(reference, consent, folder_of(spec))
+    factory = load_object(reference, consent, spec.folder)
     where = spec.where(("model",))
 
     def build() -> nn.Module:

@@ -122,6 +122,11 @@ class Spec(Part):
         return self._origin.source
 
     @property
+    def folder(self) -> Path:
+        """Where its relative paths start: its own folder."""
+        return self.source.parent if self.source else Path.cwd()
+
+    @property
     def sha256(self) -> str | None:
         """The sha256 of that file's bytes, in hexadecimal."""
         return self._origin.sha256
