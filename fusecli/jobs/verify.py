@@ -282,7 +282,9 @@ def _run(request: VerifyRequest, source: Source, skeleton: nn.Module) -> Run | N
     spec = request.spec
     count = request.samples if request.samples is not None else spec.verify.samples
     first = samples_of(spec, seed, 1)[0]
-    return Run(skeleton, first, source.runnable, others=lambda: samples_of(spec, seed, count)[1:])
+    run = Run(skeleton, first, source.runnable, others=lambda: samples_of(spec, seed, count)[1:])
+    source.require_unwritten(run)
+    return run
 
 
 def _unlike(fold: Fold, manifest: Manifest) -> Iterator[str]:

@@ -263,24 +263,23 @@ def _compared(
     if seen is not None:
         assert isinstance(part, Region)
         inputs = part.seen(seen, seed)
-        expected, difference = _difference(part, exact, inputs)
-        return inputs, expected, difference
+        return inputs, *_difference(part, exact, inputs)
     if not part.drawable:
         raise NotDrawn
+    found = None
     for small in (True, False):
         try:
             inputs = part.drawn(exact.before, seed, small=small)
-            expected, difference = _difference(part, exact, inputs)
+            found = inputs, *_difference(part, exact, inputs)
         except Incomparable:
             raise
         except Exception:  # whatever a forward may raise on other sizes, or on numbers it is not made for
             continue
-        if difference.error <= TOLERANCE:
+        if found[2].error <= TOLERANCE:
             break
-    else:
-        if "expected" not in locals():
-            raise NotDrawn
-    return inputs, expected, difference
+    if found is None:
+        raise NotDrawn
+    return found
 
 
 def _difference(part: Region | Row, exact: Exact, inputs: Inputs) -> tuple[Any, Difference]:
