@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 NETWORKS = (
-    *("resnet50", "resnext50_32x4d", "seresnet50", "wrn50_2", "densenet121", "bn_vgg16", "dla60"),
+    *("resnet50", "resnext50_32x4d", "seresnet50", "preresnet50", "densenet121", "bn_vgg16", "dla60"),
     *("xception", "inceptionv3", "efficientnet_b3", "regnetx032", "darknet53", "hrnet_w18_small_v2"),
-    *("vovnet39", "selecsls60", "senet52", "cbam_resnet50", "bam_resnet50", "airnet50_1x64d_r2", "peleenet"),
+    *("vovnet39", "selecsls60", "senet52", "cbam_resnet50", "bam_resnet50", "airnet50_1x64d_r2", "resnet101"),
 )
 LANGUAGE_MODEL = """
 import torch
