@@ -39,7 +39,7 @@ class Network:
     def factory(self, folder: Path) -> Callable[[], nn.Module]:
         model = self.read(folder).model
         assert model is not None
-        consent = Consent(packages={self.package}, files={folder / "networks.py"})
+        consent = Consent(packages={self.package}, files=set(folder.glob("*.py")))
         build = load_object(model.factory, consent, folder)
         return lambda: build(**model.kwargs)
 
