@@ -35,7 +35,6 @@ _ROUNDING = 1e-5
 class Elsewhere:
     """original, fused  while they are in memory
     spans, exits     where groups begin and end, and the calls that return what is read outside of them
-    way              how the original went at the recorded size, in the same dtype
     """
 
     original: Opened
@@ -87,7 +86,8 @@ class Elsewhere:
 
     def _run(self, opened: Opened, sample: Sample, *, wide: bool) -> tuple[Any, Trace]:
         if wide:
-            return opened.in_float64(sample, self.seed, self.spans, self.exits)
+            ran = opened.in_float64(sample, self.seed, self.spans, self.exits)
+            return ran.output, ran.trace
         with followed(opened.model, self.spans, self.exits) as trace:
             output = run(opened.model, sample, seed=self.seed)
         return output, trace

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -217,17 +218,15 @@ def judge_group(
     plain: tuple[Modules, Modules],
     seed: int,
     seen: Mapping[Turn, Sample] | None = None,
-    region: Region | None = None,
 ) -> GroupCheck:
     """What is seen of one group.
 
     plain   its modules before and after the fold, as they are stored
     seen    what its members were called with in a run; None: random numbers are drawn
-    region  another one than the group's, as at another size
 
     Raises NotDrawn where nothing is proven on random numbers: what flowed into it in a run has to be taken.
     """
-    part = region or group.region or Row(group.members)
+    part = group.region or Row(group.members)
     order = part.visits[0].number if isinstance(part, Region) and part.visits else None
     before, after = plain
     parameters = [parameter for module in before.values() for parameter in module.parameters()]
@@ -318,9 +317,10 @@ def watching(model: nn.Module, groups: Sequence[Planned]) -> Iterator[list[dict[
     handles = []
 
     def hook(calls: dict[Turn, Sample], path: str) -> Callable[..., None]:
+        turns = count()
+
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            turn = sum(known == path for known, _ in calls)
-            calls[path, turn] = Sample(args, kwargs).copy()
+            calls[path, next(turns)] = Sample(args, kwargs).copy()
 
         return enter
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -53,11 +52,6 @@ def noise_of_neighbours(original: nn.Module, sample: Sample, reference: Any, see
                 parameter.data.mul_(1 + sign * torch.finfo(parameter.dtype).eps)
         errors.append(floating_error(reference, run(moved, sample, seed=seed)) or 0.0)
     return max(error for error in errors if math.isfinite(error))
-
-
-def dtype_of(modules: Iterable[nn.Module]) -> torch.dtype:
-    """The narrowest floating dtype in which they hold parameters."""
-    return narrowest(chain.from_iterable(module.parameters() for module in modules))
 
 
 def narrowest(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fusecli.checkpoint import StoredTensor
-from fusecli.errors import UsageError
+from fusecli.errors import NotFoldable, Problem, RefusedError, UsageError
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.followers import widened
 from fusecli.outcome import Judgement, Verdict
@@ -97,7 +97,7 @@ def judge(
     which of its axes may have other sizes; what it leaves out, or None: any.
 
     Raises UsageError where the original model cannot be run on the samples at all, KeyError where it has no
-    module of a group's name, NotFoldable where a group cannot be folded in float64.
+    module of a group's name, RefusedError where a group cannot be folded in float64.
     """
     return _Judge(subject, samples, seed, progress, dynamic).verdict()
 
@@ -272,19 +272,20 @@ class _Judge:
 
     def _broken(self, original: Opened, sample: Sample, seed: int) -> int | None:
         spans = _spans(self.groups)
-        reference, trace = Opened(Twin(lambda: self._partly_fused(original, 0))).in_float64(
-            sample, seed, spans
-        )
+        right = Opened(Twin(lambda: self._partly_fused(original, 0))).in_float64(sample, seed, spans)
 
         def differs(count: int) -> bool:
             try:
-                output, other = Opened(Twin(lambda: self._partly_fused(original, count))).in_float64(
+                part = Opened(Twin(lambda: self._partly_fused(original, count))).in_float64(
                     sample, seed, spans
                 )
             except Exception:  # a model that half a fold breaks
                 return True
-            worst = max(compare(reference, output, channels=True).error, trace.against(other).error)
-            return worst > self.found.tolerance
+            end, inside = (
+                compare(right.output, part.output, channels=True),
+                right.trace.against(part.trace),
+            )
+            return max(end.error, inside.error) > self.found.tolerance
 
         return first_that_differs(len(self.groups), differs)
 
@@ -411,8 +412,12 @@ class _ExactFolds:
 
     def of(self, number: int) -> Exact:
         """The fold of one group, worked out anew."""
-        subject = self._subject
-        exact = exact_fold(self._groups[number], subject.member, subject.made, subject.key)
+        subject, group = self._subject, self._groups[number]
+        try:
+            exact = exact_fold(group, subject.member, subject.made, subject.key)
+        except NotFoldable as no:  # a fuser that takes float32 only
+            what = f"it cannot be proven, for that is done in float64: {no.reason}"
+            raise RefusedError(Problem(what, " + ".join(group.members), no.remedy)) from no
         for name in exact.tensors:
             if (new := subject.key(name)) is not None:
                 self._places[new] = number, name

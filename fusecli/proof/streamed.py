@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Kept:
 
     def put(self, key: Hashable, tensor: Tensor) -> Tensor:
         """Keeps `tensor`, and forgets what was not used for the longest time."""
-        self._bytes += tensor.nbytes
+        old = self._tensors.pop(key, None)
+        self._bytes += tensor.nbytes - (old.nbytes if old is not None else 0)
         while self._tensors and self._bytes > self._room:
             self._bytes -= self._tensors.popitem(last=False)[1].nbytes
         self._tensors[key] = tensor
@@ -89,11 +91,9 @@ _ABOUT = frozenset(getattr(Tensor, name).__get__ for name in _PROPERTIES)
 _ABOUT |= {getattr(Tensor, name) for name in _METHODS}
 
 
-def streamed(
-    model: nn.Module, tensors: Mapping[str, Fetch], *, wide: bool, kept: Kept
-) -> tuple[nn.Module, Weights]:
-    """A copy of `model` without the numbers of its parameters, and what brings them, `wide`: in float64.
-    Those of `tensors` by name, else the model's own."""
+def streamed(model: nn.Module, tensors: Mapping[str, Fetch], *, kept: Kept) -> tuple[nn.Module, Weights]:
+    """A float64 copy of `model` without the numbers of its parameters, and what brings them: those of
+    `tensors` by name, else the model's own."""
     places: dict[int, tuple[Tensor, Fetch]] = {}
     instead: dict[int, object] = {}
     scripted = {
@@ -102,21 +102,16 @@ def streamed(
     for name, parameter in model.named_parameters():
         if id(parameter) in scripted or not _plain(parameter):
             continue
-        dtype = torch.float64 if wide else parameter.dtype
-        place = nn.Parameter(
-            torch.empty(parameter.shape, dtype=dtype, device="meta"), parameter.requires_grad
-        )
+        empty = torch.empty(parameter.shape, dtype=torch.float64, device="meta")
+        place = nn.Parameter(empty, parameter.requires_grad)
         fetch = tensors.get(name) or _own(parameter)
         places[id(place)] = place, fetch
         instead[id(parameter)] = place
     twin = duplicate(model, instead)
-    if wide:
-        try:
-            with following(twin):
-                twin.double()
-        except LeftBehind:
-            pass  # what stays in its own dtype has the right numbers all the same
-        give_exact(twin.named_buffers(), tensors)
+    # What stays in its own dtype has the right numbers all the same.
+    with suppress(LeftBehind), following(twin):
+        twin.double()
+    give_exact(twin.named_buffers(), tensors)
     return twin, Weights(places, kept)
 
 

@@ -50,6 +50,17 @@ class Twin:
     exact: Mapping[str, Fetch] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Ran:
+    """One run in float64: what it returned and the trace of it; what the members of the groups that were
+    asked for were called with; and whether it drew random numbers."""
+
+    output: Any
+    trace: Trace
+    calls: Sequence[Mapping[Turn, Sample]] = ()
+    random: bool = False
+
+
 @dataclass
 class Opened:
     """A twin while it is in memory; `kept` has room for parameters in float64."""
@@ -63,32 +74,44 @@ class Opened:
 
     @cached_property
     def _wide(self) -> tuple[nn.Module, Weights | None]:
-        return streamed(self.model, self.twin.exact, wide=True, kept=self.kept)
+        return streamed(self.model, self.twin.exact, kept=self.kept)
 
     @property
     def wide(self) -> nn.Module:
         return self._wide[0]
 
     def in_float64(
-        self, sample: Sample, seed: int, spans: Spans = (), exits: Sequence[End] = ()
-    ) -> tuple[Any, Trace]:
-        """What it returns in float64, and the trace of that run outside of `spans`."""
+        self,
+        sample: Sample,
+        seed: int,
+        spans: Spans = (),
+        exits: Sequence[End] = (),
+        asked: Sequence[Planned] = (),
+    ) -> Ran:
+        """A run in float64; its trace is that outside of `spans`."""
         try:
-            return self._in_float64(sample, seed, spans, exits)
+            return self._in_float64(sample, seed, spans, exits, asked)
         except Exception:
             if self._wide[1] is None:
                 raise
             # Something reads a parameter where no op shows it: it needs them all in their places.
             vars(self)["_wide"] = in_full(self.model, self.twin.exact), None
-            return self._in_float64(sample, seed, spans, exits)
+            return self._in_float64(sample, seed, spans, exits, asked)
 
-    def _in_float64(self, sample: Sample, seed: int, spans: Spans, exits: Sequence[End]) -> tuple[Any, Trace]:
+    def _in_float64(
+        self, sample: Sample, seed: int, spans: Spans, exits: Sequence[End], asked: Sequence[Planned]
+    ) -> Ran:
         model, weights = self._wide
-        with weights or nullcontext(), followed(model, spans, exits) as trace:
+        with (
+            weights or nullcontext(),
+            watching(model, asked) as calls,
+            _drawing(model) as drawn,
+            followed(model, spans, exits) as trace,
+        ):
             output = run(model, sample, seed=seed, dtype=torch.float64)
         if weights is not None and any(tensor.is_meta for tensor in tensors_in(output)):
             raise RuntimeError("a parameter was read where no op shows it")
-        return output, trace
+        return Ran(output, trace, tuple(calls), bool(drawn))
 
     def as_users(self, sample: Sample, seed: int) -> Any:
         """What it returns in the stored dtype, without modes, hooks of ours or gradients."""
@@ -145,22 +168,21 @@ def see_original(
     opened: Opened, samples: Sequence[Sample], seed: int, spans: Spans, asked: Sequence[Planned]
 ) -> Original:
     """Raises UsageError where it cannot be run on the samples at all."""
-    seen, calls, doubt = list[Seen](), list[Any](), ""
-    wide = opened.wide
+    seen, doubt = list[Seen](), ""
+    calls: Sequence[Mapping[Turn, Sample]] = ()
+    _ = opened.wide  # what cannot be built or copied is no doubt
     for number, sample in enumerate(samples):
         try:
-            first = asked if number == 0 else ()
-            with watching(wide, first) as shown, _drawing(wide) as random:
-                output, trace = opened.in_float64(sample, seed + number, spans)
-            calls = calls or list(shown)
+            ran = opened.in_float64(sample, seed + number, spans, asked=asked if number == 0 else ())
+            calls = calls or ran.calls
         except Exception as error:  # whatever somebody's forward may raise
             return Original(seen, (_no_twin(opened, sample, seed + number, error),), calls)
         try:
-            one = _stored(opened, Seen(sample, seed + number, output, trace))
+            one = _stored(opened, Seen(sample, seed + number, ran.output, ran.trace))
         except Incomparable as odd:
             return Original(seen, (str(odd),), calls)
         if number == 0:
-            one, doubt = _again(opened, one, spans, random=bool(random))
+            one, doubt = _again(opened, one, spans, random=ran.random)
         seen.append(one)
         if doubt:
             return Original(seen, (doubt,), calls)
@@ -200,7 +222,7 @@ def _again(opened: Opened, seen: Seen, spans: Spans, *, random: bool) -> tuple[S
     reference = seen.output if wide else seen.stored
 
     def again(seed: int) -> Any:
-        return opened.in_float64(seen.sample, seed)[0] if wide else opened.as_users(seen.sample, seed)
+        return opened.in_float64(seen.sample, seed).output if wide else opened.as_users(seen.sample, seed)
 
     try:
         if not wide:
@@ -253,13 +275,13 @@ def hold_against(
     _ = opened.wide  # what cannot be built or copied is no finding
     for seen in original.seen:
         try:
-            output, trace = opened.in_float64(seen.sample, seen.seed, spans)
+            ran = opened.in_float64(seen.sample, seen.seed, spans)
         except Exception as error:  # whatever somebody's forward may raise
             said = f"the fused model raises {type(error).__name__}: {error}"
             found.end = Difference(math.inf, "output", said)
         else:
-            found.inside = found.inside.worse(seen.trace.against(trace))
-            found.end = found.end.worse(compare(seen.output, output, channels=True))
+            found.inside = found.inside.worse(seen.trace.against(ran.trace))
+            found.end = found.end.worse(compare(seen.output, ran.output, channels=True))
         _measure_drift(opened, seen, found, noise)
         found.runs += 1
 

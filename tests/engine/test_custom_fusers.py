@@ -243,3 +243,20 @@ def test_groups_beside_a_spec_that_takes_single_modules() -> None:
         [("conv", "bn"), ("drop",)],
     )
     assert type(outcome.model.drop) is nn.Identity
+
+
+def only_float32(is_qat: bool, conv: Any, norm: Any) -> nn.Module:
+    assert conv.weight.dtype is torch.float32, "this is made for float32"
+    return torch.nn.utils.fuse_conv_bn_eval(conv, norm)
+
+
+def test_a_fuser_that_does_not_fold_in_float64_cannot_be_proven() -> None:
+    model = nets.randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 0)
+    spec = {
+        "groups": [["0", "1"]],
+        "extra_mappings": [
+            {"sequence": ["torch.nn.Conv2d", "torch.nn.BatchNorm2d"], "fuser": f"{__name__}:only_float32"}
+        ],
+    }
+    with pytest.raises(RefusedError, match=r"0 \+ 1: it cannot be proven, .* float64: .*made for float32"):
+        fuse(model, X, spec=spec, allow_code=["tests"])

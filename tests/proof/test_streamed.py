@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ class Normed(nn.Module):
 @pytest.mark.parametrize("make", [Attending, Recurrent, Tied, Normed])
 def test_it_computes_what_the_model_does(make: type[nn.Module], room: int) -> None:
     model = randomise(make(), 0)
-    twin, weights = streamed(model, {}, wide=True, kept=Kept(room))
+    twin, weights = streamed(model, {}, kept=Kept(room))
     assert all(parameter.is_meta for parameter in twin.parameters())
     with weights:
         given = run(twin, Sample((ROWS,)), seed=0, dtype=torch.float64)
@@ -82,7 +83,7 @@ def test_it_computes_what_the_model_does(make: type[nn.Module], room: int) -> No
 def test_other_tensors_by_name_take_the_places() -> None:
     model = nn.Linear(8, 4)
     exact = model.weight.detach().double() + 1e-9
-    twin, weights = streamed(model, {"weight": lambda: exact}, wide=True, kept=Kept())
+    twin, weights = streamed(model, {"weight": lambda: exact}, kept=Kept())
     with weights:
         given = twin(ROWS.double())
     assert torch.equal(given, F.linear(ROWS.double(), exact, model.bias.detach().double()))
@@ -98,6 +99,15 @@ def test_what_was_used_last_is_kept_as_far_as_there_is_room() -> None:
     assert (kept.get("a") is a, kept.get("b"), kept.get("c") is c) == (True, None, True)
 
 
+def test_what_is_kept_anew_takes_no_more_room() -> None:
+    kept = Kept(room=2 * 8 * 4)
+    a, b = (torch.full((4,), float(number), dtype=torch.float64) for number in range(2))
+    for _ in range(3):
+        kept.put("a", a)
+    kept.put("b", b)
+    assert kept.get("a") is a
+
+
 @pytest.mark.parametrize("make", [Attending, Recurrent, Tied, Normed])
 def test_no_weight_is_widened_but_those_that_are_read(
     make: type[nn.Module], monkeypatch: pytest.MonkeyPatch
@@ -105,9 +115,9 @@ def test_no_weight_is_widened_but_those_that_are_read(
     monkeypatch.setattr(whole, "in_full", lambda *_: pytest.fail("the whole model was widened"))
     model = randomise(nn.Sequential(nn.Linear(8, 8), make()), 0)
     opened = whole.Opened(whole.Twin(lambda: model))
-    output, trace = opened.in_float64(Sample((ROWS,)), 0)
-    assert output.dtype is torch.float64
-    assert "linear" in trace.way
+    ran = opened.in_float64(Sample((ROWS,)), 0)
+    assert ran.output.dtype is torch.float64
+    assert "linear" in ran.trace.way
 
 
 def reads_in_secret(m: Any, x: Tensor) -> Tensor:
@@ -123,6 +133,28 @@ def test_a_parameter_that_is_read_where_no_op_shows_it() -> None:
     right = right_fold(model)
     wrong = changed(right, "conv.weight", lambda w: w[0].mul_(1.001))
     assert fusecli.verify(model, wrong, X).judgement is Judgement.DIFFERENT
+
+
+def test_what_is_asked_of_a_run_is_asked_of_the_second_one_too() -> None:
+    """Of a model that reads a parameter where no op shows it, the first run in float64 fails."""
+
+    def wiring(m: Any, x: Tensor) -> Tensor:
+        return reads_in_secret(m, x) + torch.rand(())
+
+    model = net(wiring, conv=conv(), bn=bn())
+    model.scale = nn.Parameter(torch.tensor([0.5, -2.0]))
+    asked = Asked(("conv", "bn"))
+    ran = whole.Opened(whole.Twin(lambda: model)).in_float64(Sample((X,)), 0, asked=[asked])
+    assert ran.random
+    assert [*ran.calls[0]] == [("conv", 0), ("bn", 0)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    members: tuple[str, ...]
+    rewrite: Any = None
+    region: None = None
+    custom: bool = True
 
 
 def test_a_forward_that_writes_to_its_parameters_leaves_the_model_alone() -> None:

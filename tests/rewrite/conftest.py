@@ -1,3 +1,4 @@
-from tests.rules.conftest import one_thread, torch_ao
+from tests.rules.conftest import torch_ao
+from tests.threads import one_thread
 
 __all__ = ["one_thread", "torch_ao"]

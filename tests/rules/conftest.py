@@ -1,23 +1,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
+from tests.threads import one_thread
+
+__all__ = ["TorchAo", "one_thread", "torch_ao"]
 TorchAo = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """The layers are so small that waking a second thread costs more than their work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
