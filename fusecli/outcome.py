@@ -273,6 +273,7 @@ class Outcome:
     status     "fused" | "partly fused" | "quantized" | "verified" | "planned" | "different" |
                "inconclusive" | "refused" | "nothing to fuse" | "error"
     recording  how the run was recorded that the groups were audited against; "" without one
+    peak_memory  the bytes that the process had in memory at most; None: nobody knows
     model      the fused copy (Python API only; never rendered)
     next_step  the exact command that verifies again, or what to do about a failure
     """
@@ -294,6 +295,7 @@ class Outcome:
     problems: tuple[str, ...] = ()
     next_step: str = ""
     recording: str = ""
+    peak_memory: int | None = None
     quantization: Quantization | None = None
     model: Any = field(default=None, repr=False, compare=False)
 

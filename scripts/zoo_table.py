@@ -27,13 +27,13 @@ import torch
 from torch import nn
 
 from fusecli.consent import Consent
-from fusecli.engine import Decision, compute_all
-from fusecli.graph.materialise import duplicate
-from fusecli.jobs.choice import looked, settled
-from fusecli.jobs.in_memory import apart, applied, as_checkpoint, require_folds
-from fusecli.jobs.source import Source, vocabulary_of
-from fusecli.rewrite import ModuleTree
+from fusecli.engine import Decision
+from fusecli.outcome import Refusal
+from fusecli.pipeline.fold import Fold, apply_fold
+from fusecli.pipeline.select import Selection, record_and_select
+from fusecli.pipeline.settle import settle
 from fusecli.sample import Sample
+from fusecli.source.resolve import in_memory
 from fusecli.spec import spec_from_mapping
 from tests.zoo.networks import (
     Zoo,
@@ -189,21 +189,19 @@ def ours(model: nn.Module, sample: Sample) -> tuple[nn.Module, float, dict[str, 
     left, and what was decided: what `fusecli.fuse(discover=True, shared="clone")` does, without its proof,
     since the table has its own."""
     spec = spec_from_mapping({"discover": True, "shared": "clone"}, where="scripts/bench")
-    source = Source(as_checkpoint(model), lambda: duplicate(model))
-    source.vocabulary = vocabulary_of(spec, Consent.gather(()))
+    source = in_memory(model, spec, Consent.gather(()))
 
-    def structure() -> nn.Module:
-        return apart(model, source.owns)
+    def attempt(_: Selection, fold: Fold) -> tuple[Fold, Sequence[Refusal]]:
+        return fold, ()
 
     start = time.perf_counter()
-    planned, run, choice = looked(spec, source, structure, lambda: duplicate(structure()), sample, ())
-    tree = ModuleTree(planned)
-    fold = settled(source, planned, choice, run, lambda fold: require_folds(tree, fold))
+    found = settle(record_and_select(spec, source, source.structure(), sample, ()), attempt)
     seconds = time.perf_counter() - start
-    rewrites, _ = compute_all(tree, fold.decisions)
-    fused, _ = applied(planned, fold.decisions, rewrites, inplace=False)
-    codes = {unfused.module: unfused.code for unfused in choice.unfused(fold.decisions)}
-    return fused, seconds, codes, fold.decisions
+    assert found.fold is not None
+    decisions = found.fold.decisions
+    fused, _ = apply_fold(found.fold)
+    codes = {unfused.module: unfused.code for unfused in found.selection.unfused(decisions)}
+    return fused, seconds, codes, decisions
 
 
 def theirs(

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fusecli"
 LAYERS = (
     {"reasons"},
-    {"errors", "plain"},
+    {"errors", "plain", "bisect"},
     {"outcome"},
     {"contents", "picture", "blame"},
     {"project"},
@@ -19,7 +19,9 @@ LAYERS = (
     {"rewrite", "graph", "checkpoint", "qat"},
     {"rules", "proof", "report", "artifact", "int8", "interop"},
     {"engine"},
-    {"jobs"},
+    {"source"},
+    {"pipeline"},
+    {"commands"},
     {"api"},
     {"cli"},
 )
@@ -78,7 +80,9 @@ def test_imports_point_down(path):
 def test_a_wrong_import_is_seen():
     assert wrong_imports("from fusecli.engine import plan", "rules") == ["line 1: rules imports engine"]
     assert wrong_imports("import fusecli.graph.kinds", "rewrite") == ["line 1: rewrite imports graph"]
-    assert wrong_imports("def f():\n    from fusecli import api", "jobs") == ["line 2: jobs imports api"]
+    assert wrong_imports("def f():\n    from fusecli import api", "pipeline") == [
+        "line 2: pipeline imports api"
+    ]
     hidden = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fusecli.report import as_json"
     assert wrong_imports(hidden, "outcome") == ["line 3: outcome imports report"]
 
@@ -93,7 +97,7 @@ def files_of(sources: dict[str, str]) -> dict[str, set[str]]:
                 named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
             elif isinstance(node, ast.Import):
                 named |= {alias.name for alias in node.names}
-        # `from fusecli.jobs import facts` is an import of that file, and of the package's own too.
+        # `from fusecli.pipeline import facts` is an import of that file, and of the package's own too.
         found[name] = {other for other in named if other in sources and other != name}
     return found
 
@@ -164,3 +168,40 @@ def test_names_say_something():
 def test_no_file_uses_a_deprecated_quantized_dtype(path):
     named = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
     assert not named & {"qint8", "quint8", "qint32", "quint4x2"}
+
+
+STEPS = [path for path in FILES if part(path) in ("source", "pipeline")]
+
+
+def unfrozen(source: str) -> list[str]:
+    """The dataclasses that can be changed after they were made."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
+            named = decorator.func if isinstance(decorator, ast.Call) else decorator
+            keywords = decorator.keywords if isinstance(decorator, ast.Call) else []
+            frozen = any(word.arg == "frozen" and ast.unparse(word.value) == "True" for word in keywords)
+            if ast.unparse(named) == "dataclass" and not frozen:
+                found.append(node.name)
+    return found
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_the_steps_exchange_is_frozen(path):
+    assert unfrozen(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_value_that_can_be_changed_is_seen():
+    assert unfrozen("@dataclass\nclass A: ...\n@dataclass(frozen=True)\nclass B: ...") == ["A"]
+    assert unfrozen("@dataclass(kw_only=True)\nclass A: ...") == ["A"]
+
+
+def test_a_step_fits_on_a_screen():
+    long = [
+        f"{path.relative_to(PACKAGE)}: {node.name}"
+        for path in [*STEPS, *(path for path in FILES if part(path) in ("commands", "api"))]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+    assert long == []
+    assert len((PACKAGE / "api.py").read_text(encoding="utf-8").splitlines()) <= 200

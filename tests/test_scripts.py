@@ -103,7 +103,7 @@ def test_scores_without_numpy(cli, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["bench"], ["bench", "startup", "file"], ["bench", "zoo"], ["train_digits"], ["qat_digits"]]
+    "words", [["bench"], ["bench", "startup", "proof"], ["bench", "zoo"], ["train_digits"], ["qat_digits"]]
 )
 def test_what_is_missing_is_told_in_a_sentence(base, tmp_path, words):
     """And at once: not after the benches that could run."""

@@ -51,6 +51,6 @@ def inspect(
 def _inspected(checkpoint: Path, key: str | None) -> Contents:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from fusecli.jobs.inspect import inspect_file
+        from fusecli.commands.inspect import inspect_file
 
         return inspect_file(checkpoint, key)

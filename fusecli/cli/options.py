@@ -29,6 +29,10 @@ AllowPickle = Annotated[
         rich_help_panel=_CODE,
     ),
 ]
+SpecFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--spec", "-s", help="The YAML spec: which modules to fuse, and how to run it."),
+]
 Model = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -144,6 +148,16 @@ Strict = Annotated[
     typer.Option(
         "--strict",
         help="Count as inconclusive what was only claimed or assumed, lost hooks and untrained statistics.",
+        rich_help_panel=_PROOF,
+    ),
+]
+Memory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="What the proof may keep of float64 weights from one run to the next: 512MB, 4GB; default: "
+        "128MB. More is faster for a large model.",
         rich_help_panel=_PROOF,
     ),
 ]

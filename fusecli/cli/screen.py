@@ -67,7 +67,7 @@ class Dialogue:
     console: Console
     status: Status | None
 
-    def tick(self, step: str) -> None:
+    def progress(self, step: str) -> None:
         if self.status is not None:
             self.status.update(Text(visible(step)))
 

@@ -2,67 +2,57 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from fusecli.cli import options
-from fusecli.cli.reports import Failed, Reports, finish
-from fusecli.cli.screen import dialogue
+from fusecli.cli.command import Given, command
 from fusecli.outcome import Outcome
 
+if TYPE_CHECKING:
+    from fusecli.consent import Consent
+    from fusecli.spec import Spec
 
-def verify(
-    checkpoint: options.Checkpoint,
-    fused: Annotated[Path, typer.Argument(help="The artifact that fusecli made of it.")],
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Given):
+    """The options of `fusecli verify`."""
+
+    name = "verify"
+
+    fused: Annotated[Path, typer.Argument(help="The artifact that fusecli made of it.")]
     spec: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--spec", "-s", help="The spec, where the model is to be built and run."),
-    ] = None,
-    model: options.Model = None,
-    inputs: options.Inputs = None,
-    threshold: options.Threshold = None,
-    allow_code: options.AllowCode = None,
-    allow_pickle: options.AllowPickle = False,
-    seed: options.Seed = None,
-    samples: options.Samples = None,
-    strict: options.Strict = False,
-    assume_same_path: options.SamePath = False,
-    report: options.Report = None,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
-) -> None:
+    ] = None
+    threshold: options.Threshold = None
+    samples: options.Samples = None
+    strict: options.Strict = False
+    memory: options.Memory = None
+    assume_same_path: options.SamePath = False
+
+    @property
+    def quantize(self) -> dict[str, Any] | None:
+        return {"threshold": options.lines(self.threshold)} if self.threshold is not None else None
+
+
+@command(VerifyOptions)
+def verify(given: VerifyOptions) -> None:
     """Prove again, from the files, that an artifact computes what the checkpoint does.
 
     With the spec, or --model and --input, the model is run, end to end. Without, each group is judged by
     itself, by its tensors.
     """
-    reports = Reports.parse(report or [], quiet, [checkpoint, fused, spec])
 
-    def work() -> Outcome:
-        from fusecli.spec.typed import spec_from_options
+    def work(spec: Spec, consent: Consent, progress: Callable[[str], None]) -> Outcome:
+        from fusecli.commands.verify import VerifyRequest, verify_file
 
-        known = spec is not None or model is not None
-        typed = {"threshold": options.lines(threshold)} if threshold is not None else None
-        parsed = (
-            spec_from_options(
-                spec, model=model, inputs=inputs or (), same_path=assume_same_path, quantize=typed
-            )
-            if known
-            else None
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from fusecli.jobs.batches import protected
-            from fusecli.jobs.verify import VerifyRequest, verify_file
+        known = given.spec is not None or given.model is not None
+        request = given.picked(VerifyRequest, spec=spec if known else None)
+        return verify_file(request, consent, progress)
 
-            reports.spare(protected(parsed) if parsed else [])
-
-            request = VerifyRequest(checkpoint, fused, parsed, strict, allow_pickle, seed, samples)
-            with dialogue(quiet) as person:
-                consent = reports.consent(person, allow_code, model)
-                return verify_file(request, consent, person.tick)
-
-    finish(Failed("verify", checkpoint, spec), reports, work)
+    given.run(given.reports(given.fused), work)

@@ -24,7 +24,7 @@ from fusecli.nn import Adapted, computed_tensor, make_plain
 from fusecli.outcome import Evidence
 from fusecli.proof.region import Region
 from fusecli.proof.run import float64_arithmetic
-from fusecli.rewrite import KeyMap, ModuleTree, Plain, Rewrite, apply_rewrite, plant
+from fusecli.rewrite import KeyMap, ModuleTree, Plain, Rewrite, apply_rewrite, stand_in_model
 from fusecli.rules import all_rules
 from fusecli.rules._member import Member
 
@@ -121,7 +121,7 @@ def _plain(path: str, rule: str, module: nn.Module) -> tuple[nn.Module, Rewrite]
     try:
         with float64_arithmetic():
             rewrite = next(each for each in all_rules() if each.name == rule).rewrite(operand)
-            tree = ModuleTree(plant({path: wide}))
+            tree = ModuleTree(stand_in_model({path: wide}))
             apply_rewrite(tree, rewrite)
             wide = tree[path]
     except NotFoldable:

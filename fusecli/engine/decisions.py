@@ -92,7 +92,7 @@ class Decision:
     shown     members of an unknown class that need no probe: the run has shown what they do
     evidence  whether a recorded run has shown the group, or the list was believed
     region    the part of the run that the group is; None where nothing was recorded
-    spared    members that were asked for and stay, with the reason
+    left_out    members that were asked for and stay, with the reason
     caveats   what the recorded sizes could not show
     leaving   the members that become an identity: they will give the memory that they take
     unrun     modules beside the members that no input has run: the fold holds for inputs that do not either
@@ -108,7 +108,7 @@ class Decision:
     shown: frozenset[str] = frozenset()
     evidence: Evidence = Evidence.CLAIMED
     region: Region | None = None
-    spared: tuple[Refusal, ...] = ()
+    left_out: tuple[Refusal, ...] = ()
     caveats: tuple[str, ...] = ()
     leaving: tuple[str, ...] = ()
     unrun: tuple[str, ...] = ()

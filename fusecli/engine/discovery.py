@@ -35,14 +35,15 @@ _CROSSED = JOINS | SUMS | AVERAGES  # what a whole norm may be folded across
 class Offer:
     """What the dataflow offers: a plan of sound groups, and every norm that is left, with the reason.
 
-    bare  layers to whose output an operator adds their own input: as a module it could become part of them
+    operator_residual  layers to whose output an operator adds their own input: as a module it could become
+          part of them
     idle  modules that do nothing at inference
     parts for a group that is no chain the chains in it, which hold without the rest
     """
 
     plan: Plan = field(default_factory=Plan)
     left: tuple[Unfused, ...] = ()
-    bare: tuple[str, ...] = ()
+    operator_residual: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
     parts: Mapping[tuple[str, ...], tuple[Group, ...]] = field(default_factory=dict)
 

@@ -178,7 +178,7 @@ class _Planner:
         # An identity or a dropout between two members does nothing at inference; it stays where it is.
         acting = [member for member in members if not self._does_nothing(member)]
         rule, taken = _chosen(acting, self.vocabulary.may_use(group), self.vocabulary.mode)
-        spared: tuple[Refusal, ...] = ()
+        left_out: tuple[Refusal, ...] = ()
         try:
             found = self._observed(group, taken)
         except NotFoldable as no:
@@ -187,14 +187,14 @@ class _Planner:
             shorter = _rule_for(kinds, self.vocabulary.may_use(group), self.vocabulary.mode)
             if no.code != "multiple-consumers" or taken[-1].kind != "relu" or shorter is None:
                 raise
-            spared = (refusal(Group((taken[-1].path,), group.where), no, rule.name),)
+            left_out = (refusal(Group((taken[-1].path,), group.where), no, rule.name),)
             rule, taken = shorter, taken[:-1]
             found = self._observed(group, taken)
         self._follow(acting[len(taken) - 1 :], found)
         names = tuple(member.path for member in taken)
         kept = tuple(path for path in group.modules if path not in names)
         decision = Decision(
-            group, rule.name, _by_rule(rule, taken), names, kept, spared=spared, leaving=names[1:]
+            group, rule.name, _by_rule(rule, taken), names, kept, left_out=left_out, leaving=names[1:]
         )
         return self._with(decision, found), found
 

@@ -19,7 +19,17 @@ from fusecli.graph.materialise import probe_inputs, with_tensors
 from fusecli.proof.compare import TOLERANCE, compare
 from fusecli.proof.probe import worst_of
 from fusecli.proof.run import float64_arithmetic
-from fusecli.rewrite import Edit, Identity, KeyMap, ModuleTree, Passed, Rewrite, Zero, apply_rewrite, plant
+from fusecli.rewrite import (
+    Edit,
+    Identity,
+    KeyMap,
+    ModuleTree,
+    Passed,
+    Rewrite,
+    Zero,
+    apply_rewrite,
+    stand_in_model,
+)
 from fusecli.rules import Rule
 from fusecli.rules._member import Member, Route
 
@@ -60,8 +70,8 @@ def by_waves(waves: Sequence[Wave]) -> Callable[[Modules], Rewrite]:
     """The rewrite that these waves come down to: every tensor is computed in float64 and rounded once."""
 
     def rewrite(modules: Modules) -> Rewrite:
-        # Those around others first: they are planted without them.
-        tree = ModuleTree(plant({path: _wide(path, modules) for path in sorted(modules)}))
+        # Those around others first: they stand without them.
+        tree = ModuleTree(stand_in_model({path: _wide(path, modules) for path in sorted(modules)}))
         done = Rewrite()
         for wave in waves:
             at_once = _together([step.rewrite(tree.modules) for step in wave])
@@ -122,7 +132,7 @@ def prove_strangers(waves: Sequence[Wave], shown: frozenset[str], modules: Modul
     comes before it has to be the convolution or the linear layer that its attributes say. What a run has
     shown op by op (a scale, a gain, the outputs of the layers in `shown`) needs no proof. Raises NotFoldable.
     """
-    tree = ModuleTree(plant({path: _wide(path, modules).eval() for path in sorted(modules)}))
+    tree = ModuleTree(stand_in_model({path: _wide(path, modules).eval() for path in sorted(modules)}))
     for wave in waves:
         rewrites = [step.rewrite(tree.modules) for step in wave]
         strange = {o.path for step in wave for o in step.operands if not is_exact(tree[o.path])}

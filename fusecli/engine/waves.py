@@ -32,7 +32,7 @@ from fusecli.graph.materialise import with_tensors
 from fusecli.graph.ops import RESHAPES
 from fusecli.outcome import Evidence
 from fusecli.proof.region import Region
-from fusecli.rewrite import ModuleTree, apply_rewrite, plant
+from fusecli.rewrite import ModuleTree, apply_rewrite, stand_in_model
 from fusecli.rules import Rule, all_rules
 from fusecli.rules._member import Route
 
@@ -225,7 +225,7 @@ class Search:
                     Operand(branch.member.path, branch.member.kind, route),
                 )
                 step = Step(rule, operands)
-                tree = ModuleTree(plant(trying))
+                tree = ModuleTree(stand_in_model(trying))
                 apply_rewrite(tree, step.rewrite(tree.modules))
             except NotFoldable as no:
                 self.refused.setdefault(branch.member.path, no)
@@ -281,7 +281,7 @@ class Search:
             f"{second.path} pads with zeros, not with the bias of {first.path}",
         )
         step = Step(rule, (Operand(first.path, first.kind), Operand(second.path, second.kind)))
-        tree = ModuleTree(plant({path: work[path] for path in step.paths}))
+        tree = ModuleTree(stand_in_model({path: work[path] for path in step.paths}))
         apply_rewrite(tree, step.rewrite(tree.modules))
         work[first.path] = tree[first.path]
         return step

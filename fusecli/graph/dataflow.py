@@ -244,12 +244,16 @@ class Recording:
     @cached_property
     def steps(self) -> int:
         """How many op calls compute something from what flows, and something depends on them."""
+        return self.steps_in(range(len(self.calls)))
+
+    def steps_in(self, calls: Iterable[int]) -> int:
+        """How many of these do."""
         return sum(
             self.alive[call.number]
             and callable(call.op)
             and call.name not in MOVES
             and not all(self.values[value].constant for value in call.makes)
-            for call in self.calls
+            for call in map(self.calls.__getitem__, calls)
         )
 
     @cached_property

@@ -32,7 +32,7 @@ def correct_biases(
     converted: fx.GraphModule,
     units: Sequence[QuantUnit],
     batches: Sequence[Sample],
-    tick: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> int:
     """Corrects the biases of `converted` in place, layer after layer, and returns how many.
 
@@ -43,11 +43,11 @@ def correct_biases(
     layers = [node for node in converted.graph.nodes if node.name in biases]
     wanted = {layer.name: _Mean(_channel_axis(converted, layer)) for layer in layers}
     for number, batch in enumerate(batches, 1):
-        tick(f"correcting biases, batch {number} of {len(batches)}")
+        progress(f"correcting biases, batch {number} of {len(batches)}")
         run(Watch(reference, wanted, lambda name, value: wanted[name].add(value)), batch)
     runs = [_Paused(converted, batch) for batch in batches]
     for number, layer in enumerate(layers, 1):
-        tick(f"correcting biases, layer {number} of {len(layers)}")
+        progress(f"correcting biases, layer {number} of {len(layers)}")
         found, kept = _Mean(wanted[layer.name].axis), 0
         for paused in runs:
             found.add(paused.value(layer))
@@ -64,7 +64,7 @@ def miscorrected(
     converted: fx.GraphModule,
     units: Sequence[QuantUnit],
     batches: Sequence[Sample],
-    tick: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> list[str]:
     """Names of biases that are not what correction on these batches makes of the float ones."""
     with quiet():  # torch warns of its own tree specs when they are copied
@@ -73,7 +73,7 @@ def miscorrected(
     for name in _biases(twin, units).values():
         biases[name] = tensor_of(reference, name).detach()
         tensor_of(twin, name).copy_(biases[name])
-    correct_biases(reference, twin, units, batches, tick)
+    correct_biases(reference, twin, units, batches, progress)
     return [name for name, bias in biases.items() if not _near(twin, converted, name, bias)]
 
 

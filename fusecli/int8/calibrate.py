@@ -29,7 +29,10 @@ def value_names(prepared: GraphModule, units: Sequence[QuantUnit]) -> dict[str, 
 
 @torch.no_grad()
 def calibrate(
-    prepared: GraphModule, names: Mapping[str, str], batches: Sequence[Sample], tick: Callable[[str], None]
+    prepared: GraphModule,
+    names: Mapping[str, str],
+    batches: Sequence[Sample],
+    progress: Callable[[str], None],
 ) -> None:
     """Runs every batch through the observers.
 
@@ -47,7 +50,7 @@ def calibrate(
         for observer in watches
     ]
     for index, sample in enumerate(batches, 1):
-        tick(f"calibrating, batch {index} of {len(batches)}")
+        progress(f"calibrating, batch {index} of {len(batches)}")
         fresh = sample.copy()
         try:
             with quiet():

@@ -72,15 +72,15 @@ def quantize(
     options: Options | None = None,
     *,
     known: Learned | None = None,
-    tick: Callable[[str], None] = lambda message: None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> Quantized:
     """The model with int8 weights and uint8 activations, whose ranges are those of the calibration batches.
 
     The model and the batches are not changed. Arguments and errors are those of `calibrated`; UsageError also
     where the model cannot be exported.
     """
-    tick("exporting")
-    return calibrated(plan(model, first(calibration)), calibration, options, known=known, tick=tick)
+    progress("exporting")
+    return calibrated(plan(model, first(calibration)), calibration, options, known=known, progress=progress)
 
 
 def calibrated(
@@ -89,22 +89,22 @@ def calibrated(
     options: Options | None = None,
     *,
     known: Learned | None = None,
-    tick: Callable[[str], None] = lambda message: None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> Quantized:
     """The plan, carried out.
 
     known: scale and zero point that training has learned, by the name of a weight or '<module path>.output';
-    they replace what calibration says. tick is told what is done at the moment. Raises UsageError where there
-    is nothing to quantize, or where calibration meets values that are not finite.
+    they replace what calibration says. progress is told what is done at the moment. Raises UsageError where
+    there is nothing to quantize, or where calibration meets values that are not finite.
     """
     options = options or Options()
     first(calibration)
     require_units(planned)
     prepared = prepare(planned.exported.module, planned.units, options)
     names = value_names(prepared, planned.units)
-    calibrate(prepared, names, calibration, tick)
+    calibrate(prepared, names, calibration, progress)
     notes = (*planned.notes, *teach(prepared, names, planned.units, known or {}))
-    tick("converting")
+    progress("converting")
     return Quantized(planned, convert(prepared), options, names, notes)
 
 

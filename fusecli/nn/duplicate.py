@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -30,11 +32,6 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
     done to the original.
     """
     memo: dict[int, Any] = dict(instead or {})
-    # The empty registries of hooks, a dozen of them in every module, are most of the work.
-    registries = (value for module in model.modules() for value in vars(module).values())
-    memo.update(
-        (id(value), OrderedDict()) for value in registries if type(value) is OrderedDict and not value
-    )
     own = {_memory(parameter) for parameter in model.parameters() if not is_lazy(parameter)}
     for value in (tensor for module in model.modules() for _, tensor in tensors_held(module)):
         if id(value) in memo or _copied_by_torch(value):
@@ -46,7 +43,7 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
             fresh = value.detach().clone()
             memo[id(value)] = nn.Parameter(fresh, value.requires_grad) if is_parameter else fresh
     try:
-        twin = copy.deepcopy(model, memo)
+        twin: nn.Module = _deep_copy(model, memo)
     except Exception as error:  # whatever somebody's class may raise; a lock or an open file has no copy
         what = f"{_uncopied(model)} cannot be copied: {type(error).__name__}: {error}"
         raise RefusedError(Problem(what, "model", _COPYABLE)) from error
@@ -55,18 +52,76 @@ def duplicate(model: nn.Module, instead: Mapping[int, object] | None = None) -> 
     return twin
 
 
+def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """copy.deepcopy, without asking modules and plain containers how they are pickled: that is most of the
+    time that a model of many small layers takes."""
+    kind: Any = type(value)
+    if kind in _ATOMS:
+        return value
+    if (known := memo.get(id(value))) is not None:
+        return known
+    if kind in (list, dict, OrderedDict) and not value:
+        memo[id(value)] = empty = kind()
+        return empty
+    if kind is list:
+        items: list[Any] = []
+        memo[id(value)] = items
+        items.extend(_deep_copy(item, memo) for item in value)
+        return items
+    if kind is dict or kind is OrderedDict:
+        memo[id(value)] = found = kind()
+        for key, item in value.items():
+            found[_deep_copy(key, memo)] = _deep_copy(item, memo)
+        return found
+    if isinstance(value, nn.Module) and _has_no_say(kind):
+        memo[id(value)] = module = object.__new__(kind)
+        entries = module.__dict__
+        for name, item in vars(value).items():
+            if name != _COMPILED:
+                entries[name] = item if type(item) in _ATOMS else _deep_copy(item, memo)
+        return module
+    return copy.deepcopy(value, memo)
+
+
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, range, type, FunctionType))
+_HOW = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
+_COMPILED = "_compiled_call_impl"  # torch.compile's: torch copies no module with it
+
+
+@cache
+def _has_no_say(kind: Any) -> bool:
+    """Whether modules of this class are copied attribute by attribute, all of which torch knows how to do."""
+    usual = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _HOW)
+    # torch's own give old checkpoints what they have not got.
+    restored: Any = getattr(kind, "__setstate__", None)
+    known = getattr(restored, "__module__", "").startswith("torch.nn.modules.")
+    return usual and known and not any("__slots__" in vars(each) for each in kind.__mro__[:-1])
+
+
 def tensors_held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors in the attributes of a module, its parameters and buffers among them, and in lists, tuples
     and dicts there, each with the attribute's name."""
-    held = {**vars(module), **module._parameters, **module._buffers}
-    waiting, seen = list(held.items()), set[int]()
+    for place in (module._parameters, module._buffers):
+        yield from ((name, tensor) for name, tensor in place.items() if tensor is not None)
+    for name, held in vars(module).items():
+        if isinstance(held, Tensor):
+            yield name, held
+        elif isinstance(held, dict | list | tuple) and held and name not in _PLACES:
+            yield from ((name, tensor) for tensor in _tensors_inside(held))
+
+
+_PLACES = ("_parameters", "_buffers", "_modules")
+
+
+def _tensors_inside(container: Any) -> Iterator[Tensor]:
+    waiting, seen = [container], set[int]()
     while waiting:
-        name, value = waiting.pop()
+        value = waiting.pop()
         if isinstance(value, Tensor):
-            yield name, value
+            yield value
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
-            waiting += ((name, each) for each in (value.values() if isinstance(value, dict) else value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _copied_by_torch(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ from fusecli.proof.power import PERTURBATION, put_off
 from fusecli.proof.region import Inputs, Modules, Region, Turn
 from fusecli.proof.run import float64_arithmetic
 from fusecli.proof.stored import holds_fold
-from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, plant
+from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, stand_in_model
 from fusecli.sample import Sample
 
 
@@ -164,7 +164,7 @@ def edited(modules: Modules, rewrite: Rewrite) -> dict[str, nn.Module]:
     """Copies of the members of a group with the rewrite done."""
     outer = {path: module for path, module in modules.items() if not _inside(path, modules)}
     fresh = {path: with_tensors(module, lambda _, old: old) for path, module in outer.items()}
-    tree = ModuleTree(plant(fresh))
+    tree = ModuleTree(stand_in_model(fresh))
     apply_rewrite(tree, rewrite)
     return {path: tree[path] for path in modules if path in tree.modules}
 
@@ -178,7 +178,7 @@ def members_of(group: Planned, member: Member) -> dict[str, nn.Module]:
     }
     if len(outer) == len(group.members):
         return outer
-    known = ModuleTree(plant(outer))
+    known = ModuleTree(stand_in_model(outer))
     return {path: known[path] for path in group.members}
 
 
@@ -189,7 +189,7 @@ def members_of_copies(modules: Modules) -> dict[str, nn.Module]:
         for path, module in modules.items()
         if not _inside(path, modules)
     }
-    tree = ModuleTree(plant(outer))
+    tree = ModuleTree(stand_in_model(outer))
     return {path: tree[path] for path in modules}
 
 

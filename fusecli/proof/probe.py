@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusecli.graph.materialise import in_float64, probe_inputs
 from fusecli.proof.compare import Difference, compare
 from fusecli.proof.run import float64_arithmetic
-from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, plant
+from fusecli.rewrite import ModuleTree, Rewrite, apply_rewrite, stand_in_model
 
 _SEED = 0x5EED
 
@@ -28,7 +28,7 @@ def probe(
     """
     original = {path: in_float64(module).eval() for path, module in modules.items()}
     fused = {path: in_float64(module).eval() for path, module in modules.items()}
-    tree = ModuleTree(plant(fused))
+    tree = ModuleTree(stand_in_model(fused))
     with float64_arithmetic():  # what computes a weight is run here too
         apply_rewrite(tree, rewrite(fused))
     found = []

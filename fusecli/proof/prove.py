@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusecli.bisect import first_that_differs
 from fusecli.checkpoint import StoredTensor
 from fusecli.errors import NotFoldable, Problem, RefusedError, UsageError
 from fusecli.graph.dataflow import Recording
@@ -39,7 +40,7 @@ from fusecli.proof.region import Modules, Region
 from fusecli.proof.run import float64_arithmetic
 from fusecli.proof.sizes import Axes
 from fusecli.proof.stored import same_bits, same_state
-from fusecli.proof.streamed import Fetch, Kept
+from fusecli.proof.streamed import ROOM, Fetch, Kept
 from fusecli.proof.trace import End
 from fusecli.proof.training import Training, judge_training
 from fusecli.proof.whole import Opened, Seen, Twin, hold_against, in_full, see_original
@@ -92,14 +93,16 @@ def judge(
     seed: int,
     progress: Progress = lambda _: None,
     dynamic: Sequence[Axes] = (),
+    room: int = ROOM,
 ) -> tuple[Verdict, list[GroupCheck]]:
     """The verdict on `subject` and what was seen of each group. `dynamic` says for each tensor of a sample
-    which of its axes may have other sizes; what it leaves out, or None: any.
+    which of its axes may have other sizes; what it leaves out, or None: any. `room` is for float64 weights
+    that are kept from one run to the next, in bytes.
 
     Raises UsageError where the original model cannot be run on the samples at all, KeyError where it has no
     module of a group's name, RefusedError where a group cannot be folded in float64.
     """
-    return _Judge(subject, samples, seed, progress, dynamic).verdict()
+    return _Judge(subject, samples, seed, progress, dynamic, room).verdict()
 
 
 @dataclass
@@ -109,11 +112,12 @@ class _Judge:
     seed: int
     progress: Progress
     dynamic: Sequence[Axes]
+    room: int
 
     def __post_init__(self) -> None:
         self._recordings: list[Recording] = []
         self.groups = tuple(map(self._shown, self.subject.groups))
-        self.kept = Kept()
+        self.kept = Kept(self.room)
         self.exact = _ExactFolds(self.groups, self.subject, self.kept)
         dtypes = (torch.empty(0, dtype=tensor.dtype) for tensor in self.subject.before.values())
         self.found = Findings([], narrowest(dtypes))
@@ -204,15 +208,13 @@ class _Judge:
     def _whole(self, original: Opened, fused: Opened, left: Sequence[int]) -> None:
         found, groups = self.found, self.groups
         found.dtype = narrowest(original.model.parameters())
-        self.progress("the original")
         asked = [groups[number] for number in left]
-        seen = see_original(original, self.samples, self.seed, _spans(groups), asked)
+        seen = see_original(original, self.samples, self.seed, _spans(groups), asked, self.progress)
         for number, calls in zip(left, seen.calls, strict=False):
             found.checks[number] = self._on_what_flowed(number, calls)
         found.erratic += seen.doubts
-        self.progress("the fold")
         try:
-            hold_against(seen, fused, _spans(groups), found, self._noise)
+            hold_against(seen, fused, _spans(groups), found, self._noise, self.progress)
         except Incomparable as odd:
             found.erratic.append(str(odd))
         if found.runs:
@@ -362,21 +364,6 @@ def _exits(groups: Sequence[_Shown]) -> list[End]:
         chain = group.region is None or group.region.chain
         found += [End(group.members[-1])] if chain else [End(*turn) for turn in group.region.leaves_in]  # type: ignore[union-attr]
     return found
-
-
-def first_that_differs(groups: int, differs: Callable[[int], bool]) -> int | None:
-    """A group (counted from 0) whose fold makes the difference: without it and those behind it the model is
-    right, with it wrong; found by halving. None where the model is right with all of them fused.
-
-    differs(n) says whether the model is wrong with the first n groups fused.
-    """
-    if not differs(groups):
-        return None
-    right, wrong = 0, groups
-    while wrong - right > 1:
-        middle = (right + wrong) // 2
-        right, wrong = (right, middle) if differs(middle) else (middle, wrong)
-    return wrong - 1
 
 
 @dataclass(frozen=True)

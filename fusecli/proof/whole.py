@@ -165,13 +165,19 @@ class Original:
 
 
 def see_original(
-    opened: Opened, samples: Sequence[Sample], seed: int, spans: Spans, asked: Sequence[Planned]
+    opened: Opened,
+    samples: Sequence[Sample],
+    seed: int,
+    spans: Spans,
+    asked: Sequence[Planned],
+    progress: Callable[[str], None],
 ) -> Original:
     """Raises UsageError where it cannot be run on the samples at all."""
     seen, doubt = list[Seen](), ""
     calls: Sequence[Mapping[Turn, Sample]] = ()
     _ = opened.wide  # what cannot be built or copied is no doubt
     for number, sample in enumerate(samples):
+        progress(f"the original, sample {number + 1} of {len(samples)}")
         try:
             ran = opened.in_float64(sample, seed + number, spans, asked=asked if number == 0 else ())
             calls = calls or ran.calls
@@ -268,12 +274,18 @@ def _drawing(model: nn.Module) -> Iterator[list[None]]:
 
 
 def hold_against(
-    original: Original, opened: Opened, spans: Spans, found: Findings, noise: Callable[[Seen], float]
+    original: Original,
+    opened: Opened,
+    spans: Spans,
+    found: Findings,
+    noise: Callable[[Seen], float],
+    progress: Callable[[str], None],
 ) -> None:
     """The fold on the same samples; what is seen goes to `found`. `noise` measures the original's, where one
     run may have been right by luck. Raises Incomparable."""
     _ = opened.wide  # what cannot be built or copied is no finding
-    for seen in original.seen:
+    for number, seen in enumerate(original.seen):
+        progress(f"the fold, sample {number + 1} of {len(original.seen)}")
         try:
             ran = opened.in_float64(seen.sample, seen.seed, spans)
         except Exception as error:  # whatever somebody's forward may raise

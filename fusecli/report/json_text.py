@@ -36,6 +36,7 @@ def as_json(outcome: Outcome) -> str:
         "ledger": _plain(outcome.ledger),
         "environment": _plain(outcome.environment),
         "recording": outcome.recording,
+        "peak_memory": outcome.peak_memory,
         "quantization": _plain(outcome.quantization),
         "problems": _plain(outcome.problems),
         "next_step": next_step(outcome),

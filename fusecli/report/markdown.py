@@ -194,4 +194,6 @@ def _files(outcome: Outcome) -> list[str]:
 
 def _environment(outcome: Outcome) -> list[str]:
     versions = [f"{prose(name)} {prose(value)}" for name, value in sorted(outcome.environment.items())]
-    return [", ".join(versions), ""] if versions else []
+    peak = outcome.peak_memory
+    memory = [f"{size(peak)} of memory at most, mapped files among them"] if peak is not None else []
+    return [", ".join([*versions, *memory]), ""] if versions or memory else []

@@ -53,6 +53,8 @@ def _files(page: Page, outcome: Outcome) -> None:
     if outcome.environment:
         versions = (f"{name} {value}" for name, value in sorted(outcome.environment.items()))
         page.hanging("with", ", ".join(versions))
+    if outcome.peak_memory is not None:
+        page.hanging("memory", f"{size(outcome.peak_memory)} at most, mapped files among them")
 
 
 def _refused(page: Page, outcome: Outcome) -> None:

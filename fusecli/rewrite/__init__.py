@@ -25,7 +25,7 @@ from fusecli.rewrite.manifest import (
     QuantizerRecord,
     TrainedRecord,
 )
-from fusecli.rewrite.tree import ModuleTree, plant
+from fusecli.rewrite.tree import ModuleTree, stand_in_model
 
 __all__ = [
     "MANIFEST_KEY",
@@ -51,5 +51,5 @@ __all__ = [
     "Zero",
     "apply_edits",
     "apply_rewrite",
-    "plant",
+    "stand_in_model",
 ]

@@ -92,7 +92,7 @@ class QuantizerRecord:
 
 @dataclass(frozen=True)
 class TrainedRecord:
-    """What a checkpoint of quantization-aware training held: see jobs.trained."""
+    """What a checkpoint of quantization-aware training held: see source.trained."""
 
     layout: str
     norms: Mapping[str, str]
@@ -104,7 +104,7 @@ class Manifest:
     """What was done, and to what.
 
     mode              "folded": for inference; "qat": to be trained with simulated quantization
-    spec_sha256       of the spec as it was resolved (jobs.fold.resolved_sha256)
+    spec_sha256       of the spec as it was resolved (pipeline.fold.resolved_sha256)
     ties              names of the original checkpoint that were the very same memory
     adapter_sha256    of the adapter that is part of the weights; "": there is none
     trained           what quantization-aware training had made of the original checkpoint

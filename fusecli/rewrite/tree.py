@@ -118,7 +118,7 @@ class ModuleTree:
         self._names = {}
 
 
-def plant(modules: Mapping[str, nn.Module]) -> nn.Module:
+def stand_in_model(modules: Mapping[str, nn.Module]) -> nn.Module:
     """A model that has nothing but `modules`, each at its path: enough of a tree to edit and to probe."""
     root = nn.Module()
     for path, module in modules.items():

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from fusecli.outcome import Mode
@@ -45,15 +55,31 @@ def _torch_takes_it(seed: int) -> int:
     return seed
 
 
+def _bytes(text: Any) -> int:
+    try:
+        size = int(_SIZE.validate_python(text))
+    except ValidationError:
+        size = -1
+    if isinstance(text, bool) or size < 0:
+        raise problem(f"a size is written as 512MB or 4GB, found '{text}'")
+    return size
+
+
+_SIZE = TypeAdapter(ByteSize)
+_SIZES = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
+
+
 class Verify(Part):
     """How many random samples the outputs are compared on, and the seed they are drawn with.
 
     assume_same_path  believe that every input goes through the modules that ran, where others stand beside
+    memory            what the proof may keep of float64 weights from one run to the next, in bytes
     """
 
     seed: Annotated[int, BeforeValidator(read_int), AfterValidator(_torch_takes_it)] = 0
     samples: Count = 4
     assume_same_path: Flag = False
+    memory: Maybe[Annotated[int, BeforeValidator(_bytes), WithJsonSchema(_SIZES)]] = None
 
 
 class Output(Part):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,78 +24,84 @@ _COMMA = re.compile(r",\s*(?=[A-Za-z_]\w*=|$)")
 _NAMED = re.compile(r"[A-Za-z_]\w*=")
 
 
-def spec_from_options(
-    path: Path | None,
-    *,
-    model: str | None = None,
-    inputs: Sequence[str] = (),
-    discover: bool = False,
-    target: str | None = None,
-    exclude: Sequence[str] = (),
-    shared: str | None = None,
-    bake: bool = False,
-    rules: str | None = None,
-    no_rules: str | None = None,
-    allow_restructure: bool = False,
-    remove_idle: bool = False,
-    same_path: bool = False,
-    qat: bool | None = None,
-    eps: float | None = None,
-    quantize: Mapping[str, Any] | None = None,
-) -> Spec:
-    """The spec in the file at `path`, or an empty one, with what was typed in place of what it says.
+@dataclass(frozen=True)
+class Typed:
+    """What can be typed of a spec; what is None, empty or False was not.
 
     model   "pkg.module:factory" or "net.py:Net(width=8)", relative to the working folder
     inputs  "2x3x224x224", "2x16:int64:0..1000", "mask=2x16:bool", "samples.safetensors:images"; a dict is
             "image=1x3x8x8,mask=1x8x8"
+    """
+
+    model: str | None = None
+    inputs: Sequence[str] | None = None
+    discover: bool = False
+    target: str | None = None
+    exclude: Sequence[str] | None = None
+    shared: str | None = None
+    bake: bool = False
+    rules: str | None = None
+    no_rules: str | None = None
+    allow_restructure: bool = False
+    remove_idle: bool = False
+    assume_same_path: bool = False
+    memory: str | None = None
+    qat: bool | None = None
+    eps: float | None = None
+    quantize: Mapping[str, Any] | None = None
+
+    def entries(self, *, absolute: bool) -> dict[str, Any]:
+        """The keys of a spec that were typed, files by their whole path where `absolute`. Raises UsageError
+        for what is no model, no input or no rule."""
+        typed: dict[str, Any] = {}
+        if self.model is not None:
+            typed["model"] = _model(self.model, absolute=absolute)
+        if self.inputs:
+            typed["inputs"] = [_input(text, absolute=absolute) for text in self.inputs]
+        for key in ("rules", "no_rules"):
+            if (names := getattr(self, key)) is not None:
+                typed[key] = _rules(names, f"--{key.replace('_', '-')}")
+        for key in ("discover", "target", "remove_idle", "allow_restructure", "bake", "shared"):
+            if value := getattr(self, key):
+                typed[key] = value
+        if self.qat is not None:
+            typed["qat"] = self.qat
+        if self.eps is not None:
+            typed["assume"] = {"eps": self.eps}
+        if self.exclude:
+            typed["exclude"] = list(self.exclude)
+        verify = {"assume_same_path": self.assume_same_path, "memory": self.memory}
+        if chosen := {key: value for key, value in verify.items() if value}:
+            typed["verify"] = chosen
+        if self.quantize:
+            typed["quantize"] = dict(self.quantize)
+        return typed
+
+
+def spec_from_options(path: Path | None, options: Typed = Typed()) -> Spec:
+    """The spec in the file at `path`, or an empty one, with what was typed in place of what it says.
 
     Raises UsageError for what is no model or no input.
     """
-    typed: dict[str, Any] = {}
-    if model is not None:
-        typed["model"] = _model(model, absolute=path is not None)
-    if inputs:
-        typed["inputs"] = [_input(text, absolute=path is not None) for text in inputs]
-    if discover:
-        typed["discover"] = True
-    if target is not None:
-        typed["target"] = target
-    for key, names in (("rules", rules), ("no_rules", no_rules)):
-        if names is not None:
-            typed[key] = [name.strip() for name in names.split(",") if name.strip()]
-            if not typed[key]:
-                option = f"--{key.replace('_', '-')}"
-                raise UsageError(Problem(f"'{names}' names no rule", option, "'fusecli rules' lists all"))
-    if qat is not None:
-        typed["qat"] = qat
-    if eps is not None:
-        typed["assume"] = {"eps": eps}
-    if remove_idle:
-        typed["remove_idle"] = True
-    if allow_restructure:
-        typed["allow_restructure"] = True
-    if bake:
-        typed["bake"] = True
-    if shared is not None:
-        typed["shared"] = shared
-    if exclude:
-        typed["exclude"] = list(exclude)
-    if same_path:
-        typed["verify"] = {"assume_same_path": True}
-    if quantize:
-        typed["quantize"] = dict(quantize)
+    typed = options.entries(absolute=path is not None)
     given = spec_from_mapping(typed, where="the command line")
     if path is None:
         return given
     read = read_spec(path)
     update = {name: getattr(given, name) for name in typed}
-    if same_path:
-        update["verify"] = read.verify.model_copy(update={"assume_same_path": True})
-    if quantize:
-        # Each by itself: a threshold that is typed leaves the spec's calibration as it is.
-        chosen = {name: getattr(given.quantize, name) for name in quantize}
-        update["quantize"] = read.quantize.model_copy(update=chosen)
+    # Each by itself: a threshold that is typed leaves the spec's calibration as it is.
+    for part in ("verify", "quantize"):
+        if part in typed:
+            chosen = {name: getattr(update[part], name) for name in typed[part]}
+            update[part] = getattr(read, part).model_copy(update=chosen)
     return read.model_copy(update=update)
+
+
+def _rules(names: str, option: str) -> list[str]:
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
+        raise UsageError(Problem(f"'{names}' names no rule", option, "'fusecli rules' lists all"))
+    return found
 
 
 def _model(text: str, *, absolute: bool) -> dict[str, Any]:

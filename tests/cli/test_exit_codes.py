@@ -228,7 +228,7 @@ def test_70_a_bug_is_said_to_be_one(cli, digits, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("fusecli.jobs.fuse.fuse_file", broken)
+    monkeypatch.setattr("fusecli.commands.fuse.fuse_file", broken)
     ended = cli(*FUSE, "--report", "json=-")
     assert ended.code == 70
     assert "internal error: ZeroDivisionError: ours" in ended.err

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fusecli.errors import ExitCode
+from fusecli.proof.streamed import ROOM, Kept
 from tests.cli.conftest import Project
 from tests.conftest import Cli
 
@@ -277,3 +278,24 @@ def test_a_plan_proposes_what_fuse_will_prove(project: Project, cli: Cli) -> Non
     assert "dynamic: []" in text
     assert "[norm, conv]" in text
     assert cli("fuse", "model.pt", "--spec", "planned.yaml", *ALLOWED).code == ExitCode.OK
+
+
+def test_memory_bounds_what_is_kept_and_the_peak_is_told(
+    project: Project, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms = []
+
+    class Noted(Kept):
+        def __init__(self, room: int = ROOM) -> None:
+            rooms.append(room)
+            super().__init__(room)
+
+    monkeypatch.setattr("fusecli.proof.prove.Kept", Noted)
+    project(verify={"memory": "1MiB", "samples": 1})
+    words = ("fuse", "model.pt", "--spec", "fuse.yaml", *ALLOWED, "--report", "json=-", "--dry-run")
+    for typed, room in (((), 2**20), (("--memory", "2GB"), 2 * 10**9), (("--memory", "0"), 0)):
+        ended = cli(*words, *typed)
+        assert (ended.code, rooms.pop(), rooms) == (ExitCode.OK, room, [])
+        assert ended.report["peak_memory"] > 10**6
+    ended = cli(*words, "--memory", "much")
+    assert (ended.code, "512MB or 4GB" in ended.err) == (ExitCode.USAGE, True)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import fusecli
 from configs.digits.net import DigitsNet
 from fusecli.cli.app import main
+from fusecli.commands import int8, int8_facts
 from fusecli.int8.latency import latency
-from fusecli.jobs import int8, int8_facts
 from tests import torch_ao_qat
 from tests.conftest import DIGITS, Cli, Run
 from tests.nets import randomise
@@ -462,7 +462,7 @@ def test_top1_of_what_has_no_classes(small: Small, cli: Cli) -> None:
 
 
 def test_a_dry_run_says_what_would_be_done(folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusecli.jobs.quantize.calibrated", None)
+    monkeypatch.setattr("fusecli.commands.quantize.calibrated", None)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     done = quantized(cli, "--dry-run", "--report", "json=-", out="out.pt2")
     found = done.report["quantization"]
@@ -1021,7 +1021,7 @@ def test_no_report_takes_the_place_of_the_calibration(folder: Path, cli: Cli) ->
 def test_equalisation_that_is_not_exact_is_refused(
     folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusecli.jobs.quantize.unequal", lambda *_: 1e-6)
+    monkeypatch.setattr("fusecli.commands.quantize.unequal", lambda *_: 1e-6)
     done = quantized(cli, "--equalize")
     assert (done.code, "equalisation is off by 1.0e-06 in float64" in said(done)) == (2, True)
 
@@ -1030,7 +1030,7 @@ def test_without_torchao_no_work_is_begun(folder: Path, cli: Cli, monkeypatch: p
     def missing() -> None:
         raise fusecli.errors.UsageError("quantizing needs torchao")
 
-    monkeypatch.setattr("fusecli.jobs.quantize.flow", missing)
-    monkeypatch.setattr("fusecli.jobs.quantize.floats_of", None)
+    monkeypatch.setattr("fusecli.commands.quantize.flow", missing)
+    monkeypatch.setattr("fusecli.commands.quantize.floats_of", None)
     done = quantized(cli)
     assert (done.code, "quantizing needs torchao" in done.err) == (2, True)

@@ -103,7 +103,7 @@ def test_progress_is_shown_while_a_library_is_kept_quiet(monkeypatch: pytest.Mon
     monkeypatch.setenv("TERM", "xterm")
     with dialogue(quiet=False) as person, contextlib.redirect_stderr(elsewhere):
         print("noise", file=sys.stderr)
-        person.tick("calibrating, batch 3 of 20")
+        person.progress("calibrating, batch 3 of 20")
         assert person.status is not None
         person.status._live.refresh()
         shown = terminal.getvalue()  # before the end, when all is shown once more

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from fusecli.commands import int8
 from fusecli.int8.latency import latency
 from fusecli.int8.saved import program_in
-from fusecli.jobs import int8
 from tests.conftest import Cli, Run
 from tests.nets import randomise
 

@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusecli.checkpoint import open_checkpoint, sha256_file
+from fusecli.checkpoint.pickled import load_pickled
 from tests.cli.conftest import edit, wrong_fold
 
 FUSE = ("fuse", "model.pt", "--spec", "fuse.yaml", "--allow-code", "net.py")
@@ -174,11 +176,11 @@ class TestCase56:
 # Stops where the staged file is on disk and being proven.
 STOPPING = """
 import time
-import fusecli.jobs.fuse as job
+import fusecli.commands.fuse as job
 def wait(*_):
     print("staged", flush=True)
     time.sleep(600)
-job.judged = wait
+job.prove = wait
 """
 
 
@@ -216,3 +218,25 @@ def test_what_is_no_file_is_not_replaced(cli, digits):
     ended = cli("plan", *FUSE[1:], "-o", "found.yaml", "--graph", "pipe", "--force")
     assert (ended.code, "no ordinary file" in ended.err) == (2, True)
     assert Path("pipe").is_fifo()
+
+
+@pytest.mark.parametrize("command", ["fuse", "verify", "plan", "quantize"])
+def test_each_file_is_opened_once(cli, digits, monkeypatch, command):
+    """A legacy pickle is read whole when it is opened."""
+    state = torch.load("model.pt", weights_only=True)
+    torch.save(state, "model.pt", _use_new_zipfile_serialization=False)
+    words = ["--spec", "fuse.yaml", "--allow-code", "net.py"]
+    files = ["model.pt"]
+    if command == "verify":
+        assert cli("fuse", "model.pt", *words, "-o", "fused.pt").code == 0
+        files = ["model.pt", "fused.pt"]
+    opened = []
+
+    def noting(path, *others):
+        opened.append(path.name)
+        return load_pickled(path, *others)
+
+    monkeypatch.setattr("fusecli.checkpoint.opening.load_pickled", noting)
+    ended = cli(command, *files, *words, *(["--dry-run"] if command in ("fuse", "quantize") else []))
+    assert ended.code == 0, ended.err
+    assert sorted(opened) == sorted(files)

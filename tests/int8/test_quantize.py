@@ -42,7 +42,7 @@ def test_the_model_and_the_batches_are_left_alone():
 
 def test_ticks():
     said: list[str] = []
-    quantize(two(), samples(2, 4), tick=said.append)
+    quantize(two(), samples(2, 4), progress=said.append)
     assert said == ["exporting", *(f"calibrating, batch {n} of 3" for n in (1, 2, 3)), "converting"]
 
 

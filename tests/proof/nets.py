@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 import fusecli
 from fusecli.engine import Group
-from fusecli.graph.materialise import duplicate
-from fusecli.jobs.fold import plan_fold
-from fusecli.jobs.in_memory import as_checkpoint
-from fusecli.jobs.proof import prove_in_memory
-from fusecli.jobs.source import Source
 from fusecli.outcome import Evidence, GroupReport, Judgement, Outcome, Verdict
+from fusecli.pipeline.fold import plan_fold
+from fusecli.pipeline.prove import Trials, prove_in_memory
 from fusecli.sample import Sample
+from fusecli.source.resolve import in_memory
+from fusecli.spec import Spec
 from tests.nets import images, randomise
 
 X = images(2, 3, 8, 8)
@@ -71,10 +70,10 @@ def judged(model: nn.Module, *groups: list[str], x: Any = X) -> Verdict:
     listed = [Group(tuple(group)) for group in groups or [PAIR]]
     wrong = fusecli.fuse_modules(model, [list(group.modules) for group in listed])
     plain = copy.deepcopy(model)
-    fold = plan_fold(Source(as_checkpoint(plain), lambda: duplicate(plain)), plain, listed)
-    verdict, checks = prove_in_memory(fold, plain, wrong, Sample.of(x), seed=0)
-    reports = (GroupReport(c.members, "", str(c.judgement), Evidence.CLAIMED) for c in checks)
-    return replace(verdict, groups=tuple(reports))
+    source = in_memory(plain, Spec())
+    proof = prove_in_memory(plan_fold(source, source.structure(), listed), wrong, Trials((Sample.of(x),)))
+    reports = (GroupReport(c.members, "", str(c.judgement), Evidence.CLAIMED) for c in proof.checks)
+    return replace(proof.verdict, groups=tuple(reports))
 
 
 def right_fold(model: nn.Module, *groups: list[str], x: Any = X) -> Any:

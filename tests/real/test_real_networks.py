@@ -9,7 +9,7 @@ import torch
 
 import fusecli
 from fusecli.checkpoint import sha256_file
-from fusecli.jobs.inputs import samples_of
+from fusecli.source.samples import samples_of
 from tests.real.conftest import NETWORKS, far, outputs
 
 ONCE = ("--samples", "1", "--report", "json=-")

@@ -12,7 +12,7 @@ from tests.report.outcomes import DIFFERENT, FUSED, HOSTILE, SAMPLES
 KEYS = [
     *("schema_version", "command", "status", "exit_code", "input", "output", "spec", "totals", "groups"),
     *("refused", "unfused", "verification", "ledger", "environment", "recording"),
-    *("quantization", "problems", "next_step"),
+    *("peak_memory", "quantization", "problems", "next_step"),
 ]
 GROUP_KEYS = {"modules", "rule", "status", "evidence", "float64_error", "drift", "noise_floor"}
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from fusecli.rewrite import ModuleTree, plant
+from fusecli.rewrite import ModuleTree, stand_in_model
 from tests import nets
 
 
@@ -59,7 +59,7 @@ def test_replacing_runs_no_code_of_the_class() -> None:
 
 def test_plant_puts_each_module_at_its_path() -> None:
     modules = {"a.b.conv": nn.Conv2d(1, 1, 1), "a.b.bn": nn.BatchNorm2d(1), "top": nn.ReLU()}
-    root = plant(modules)
+    root = stand_in_model(modules)
     assert {path: root.get_submodule(path) for path in modules} == modules
     assert sorted(path for path, _ in root.named_modules()) == ["", "a", "a.b", "a.b.bn", "a.b.conv", "top"]
     assert not any(module.training for module in root.modules())

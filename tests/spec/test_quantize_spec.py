@@ -10,7 +10,7 @@ import pytest
 from fusecli.errors import UsageError
 from fusecli.spec import Spec, read_spec
 from fusecli.spec.load import spec_from_mapping
-from fusecli.spec.typed import spec_from_options
+from fusecli.spec.typed import Typed, spec_from_options
 
 
 def read(**quantize: Any) -> Spec:
@@ -87,7 +87,7 @@ def test_what_is_typed_replaces_its_own_key_only(tmp_path: Path) -> None:
     text = "quantize: {weights: per-tensor, threshold: {sqnr: 20, cosine: 0.9}, batch: 4, equalize: true}\n"
     path.write_text(f"version: 1\n{text}")
     typed = {"observer": "histogram", "threshold": {"cosine": 0.5}}
-    found = spec_from_options(path, quantize=typed).quantize
+    found = spec_from_options(path, Typed(quantize=typed)).quantize
     assert (found.observer, found.weights, found.batch, found.equalize) == (
         "histogram",
         "per-tensor",

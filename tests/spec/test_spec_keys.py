@@ -116,6 +116,8 @@ REFUSED = {
         "1:18: '/x/net.txt:b' does not name Python code",
     ),
     "seed": ("verify: {seed: -1}", "1:16: a seed is at least 0"),
+    "memory": ("verify: {memory: lots}", "1:18: a size is written as 512MB or 4GB, found 'lots'"),
+    "negative memory": ("verify: {memory: -1}", "1:18: a size is written as 512MB or 4GB, found '-1'"),
     "huge seed": ("verify: {seed: 9223372036854775808}", "1:16: a seed is at least 0"),
     "format": (
         "output: {format: safetensor}",
@@ -359,3 +361,12 @@ def test_where_survives_a_changed_copy(read: Read) -> None:
 def test_two_files_that_say_the_same_are_equal(read: Read) -> None:
     assert read("groups: [[a, b]]") == read("# a comment\ngroups:\n  - [a, b]\n")
     assert read("groups: [[a, b]]") != read("groups: [[a, c]]")
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), ("1 MiB", 2**20), ("0", 0), ("2048", 2048)])
+def test_a_size_of_memory(read: Read, text: str, size: int) -> None:
+    assert read(f"verify: {{memory: {text}}}\n").verify.memory == size
+
+
+def test_no_size_of_memory_is_the_default() -> None:
+    assert Spec().verify.memory is None

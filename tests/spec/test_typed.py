@@ -10,7 +10,7 @@ import yaml
 
 from fusecli.errors import UsageError
 from fusecli.spec import InputSpec, Spec, read_spec
-from fusecli.spec.typed import spec_from_options
+from fusecli.spec.typed import Typed, spec_from_options
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "net.py:build": ("net.py:build", {}),
@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("text", MODELS)
 def test_a_model(text: str) -> None:
     factory, kwargs = MODELS[text]
-    model = spec_from_options(None, model=text).model
+    model = spec_from_options(None, Typed(model=text)).model
     assert model is not None
     assert (model.factory, dict(model.kwargs)) == (factory, kwargs)
 
@@ -77,7 +77,7 @@ NAMES = "write pkg.module:factory, net.py:Net or net.py:Net(width=8)"
 )
 def test_no_model(text: str, said: str, fix: str) -> None:
     with pytest.raises(UsageError) as caught:
-        spec_from_options(None, model=text)
+        spec_from_options(None, Typed(model=text))
     (problem,) = caught.value.problems
     assert said in problem.what
     assert fix in problem.fix
@@ -104,7 +104,7 @@ INPUTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("text", INPUTS)
 def test_an_input(text: str) -> None:
-    (entry,) = spec_from_options(None, inputs=[text]).inputs
+    (entry,) = spec_from_options(None, Typed(inputs=[text])).inputs
     assert isinstance(entry, InputSpec)
     assert entry.model_dump(exclude_defaults=True) == INPUTS[text]
 
@@ -125,7 +125,7 @@ DICTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("text", DICTS)
 def test_an_input_that_is_a_dict(text: str) -> None:
-    (entry,) = spec_from_options(None, inputs=[text]).inputs
+    (entry,) = spec_from_options(None, Typed(inputs=[text])).inputs
     assert isinstance(entry, dict)
     held = {name: item.model_dump(exclude_defaults=True) for name, item in entry.items()}  # type: ignore[union-attr]
     assert held == DICTS[text]
@@ -166,7 +166,7 @@ SHAPES = "write 2x3x224x224, 2x16:int64:0..1000, mask=2x16:bool or samples.safet
 )
 def test_no_input(text: str, said: str, fix: str) -> None:
     with pytest.raises(UsageError) as caught:
-        spec_from_options(None, inputs=["1x3", text])
+        spec_from_options(None, Typed(inputs=["1x3", text]))
     (problem,) = caught.value.problems
     assert said in problem.what
     assert fix in problem.fix
@@ -175,7 +175,7 @@ def test_no_input(text: str, said: str, fix: str) -> None:
 
 def test_positional_inputs_come_first() -> None:
     with pytest.raises(UsageError, match="a positional input stands after a named one"):
-        spec_from_options(None, inputs=["x=2x3", "2x3"])
+        spec_from_options(None, Typed(inputs=["x=2x3", "2x3"]))
 
 
 def test_nothing_typed_is_an_empty_spec() -> None:
@@ -210,7 +210,7 @@ def test_what_is_typed_takes_the_place_of_what_the_spec_says(written: Path) -> N
         ({"exclude": ["tail"]}, "exclude"),
     ]
     for options, name in typed:
-        spec = spec_from_options(written, **options)
+        spec = spec_from_options(written, Typed(**options))
         assert getattr(spec, name) != getattr(read, name)
         assert spec == read.model_copy(update={name: getattr(spec, name)})
         assert (spec.source, spec.sha256) == (written, read.sha256)
@@ -218,7 +218,7 @@ def test_what_is_typed_takes_the_place_of_what_the_spec_says(written: Path) -> N
 
 def test_typed_paths_start_in_the_working_folder(written: Path) -> None:
     """The spec's own start in its folder, and fusecli resolves all of them from there."""
-    spec = spec_from_options(written, model="net.py:Net", inputs=["a.safetensors:x"])
+    spec = spec_from_options(written, Typed(model="net.py:Net", inputs=["a.safetensors:x"]))
     here = Path.cwd()
     assert spec.model is not None
     assert spec.model.factory == f"{here / 'net.py'}:Net"

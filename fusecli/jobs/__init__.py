@@ -1,1 +1,0 @@
-"""fuse and verify on files: what the commands call, one function each."""
