@@ -24,6 +24,7 @@ from fusecli.consent import Consent, load_object
 from fusecli.errors import FusecliError, Problem, UsageError
 from fusecli.graph.followers import LeftBehind, following
 from fusecli.graph.loading import adapts_names, versions_of
+from fusecli.graph.undrawn import Undrawn
 from fusecli.nn.duplicate import tensors_held
 from fusecli.nn.shallow import shallow_copy
 from fusecli.outcome import Mode
@@ -142,7 +143,8 @@ def without_numbers(build: Callable[[], nn.Module]) -> nn.Module:
 
     handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # it may answer
     try:
-        model = build()
+        with Undrawn():
+            model = build()
     except UsageError:
         return build()  # a factory that computes with its weights
     finally:

@@ -118,3 +118,63 @@ def test_the_api_does_import_it():
     ended = run(PROGRAM + "import fusecli\nfusecli.fuse\n")
     assert "IMPORTED torch" in ended.stderr
     assert ended.returncode != 0
+
+
+# Says at the end whether torch's compiler was imported: 1.5 seconds of CPU, that nothing here has a use for.
+COMPILERLESS = """
+import sys
+from fusecli.cli import main
+try:
+    main()
+finally:
+    for name in ("torch._dynamo", "sympy"):
+        if name in sys.modules:
+            sys.stderr.write(f"IMPORTED {name}\\n")
+"""
+WORDS_MODEL = """
+import torch
+from torch import nn
+
+class Norm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(20, 8), Norm(8), nn.Linear(8, 20, bias=False)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.embed(tokens)))
+"""
+
+
+def test_to_fuse_needs_no_compiler(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "net.py").write_text(WORDS_MODEL)
+    tensors = {
+        "embed.weight": torch.randn(20, 8),
+        "norm.weight": torch.randn(8),
+        "head.weight": torch.randn(20, 8),
+    }
+    save_file(tensors, tmp_path / "words.safetensors")
+    words = ("fuse", "words.safetensors", "--discover", "--model", "net.py:Net", "--input", "2x5:int64:0..20")
+    ended = run(COMPILERLESS, *words, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+    assert "gain_linear" in ended.stdout
+    assert "IMPORTED" not in ended.stderr
+    digits = Path(__file__).parent.parent / "configs" / "digits"
+    for name in ("model.pt", "net.py", "fuse.yaml", "heldout.safetensors"):
+        (tmp_path / name).write_bytes((digits / name).read_bytes())
+    ended = run(
+        COMPILERLESS, "fuse", "model.pt", "--spec", "fuse.yaml", "--allow-code", "net.py", cwd=tmp_path
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "IMPORTED" not in ended.stderr

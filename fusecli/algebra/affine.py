@@ -48,10 +48,13 @@ class ChannelAffine:
         """This map on another list of channels: entry i is that of channel `channels[i]`, or the identity
         where that is negative. Without `shifts` the scales alone.
         """
+        shifts = shifts and self.shifts
+        if self.scale.is_meta:  # torch would import its compiler to index what holds no numbers
+            empty = self.scale.new_empty(channels.shape)
+            return ChannelAffine(empty, empty, shifts)
         present = (channels >= 0).to(self.scale.device)
         at = channels.clamp(min=0).to(self.scale.device)
         scale = torch.where(present, self.scale[at], 1.0)
-        shifts = shifts and self.shifts
         shift = torch.where(present, self.shift[at], 0.0) if shifts else torch.zeros_like(scale)
         return ChannelAffine(scale, shift, shifts)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fusecli.algebra.rounding import round_into
+from fusecli.algebra.rounding import require_finite, round_into
 
 # 1 MiB of float64: a block stays in the cache between the product, the rounding and the check. Smaller
 # ones spend their time in Python, larger ones in main memory.
@@ -59,6 +59,10 @@ def scaled(weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         # empty_like would import sympy for its strides.
         return torch.empty_strided(weight.shape, weight.stride(), dtype=dtype, device="meta")
     result = torch.empty_like(weight, dtype=dtype)
+    if dtype is torch.float64:
+        for source, multiplier, target in blocks(weight, factor, result):
+            require_finite(target.copy_(source).mul_(multiplier), target)
+        return result
     wide = torch.empty(0, dtype=torch.float64)
     for source, multiplier, target in blocks(weight, factor, result):
         if wide.shape != source.shape:

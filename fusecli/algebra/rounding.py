@@ -33,8 +33,7 @@ def round_into(out: Tensor, exact: Tensor) -> None:
     """out = round_once(exact, out.dtype), without allocating the result. Shapes are equal."""
     require(out.dtype in (*_NATIVE, *_NARROW), "dtype", f"fusecli does not round to {out.dtype}")
     out.copy_(exact if out.dtype in _NATIVE else _snapped(exact, out.dtype))
-    if out.numel():
-        _require_finite(out, exact)
+    require_finite(out, exact)
 
 
 def _snapped(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,7 +54,10 @@ def _snapped(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return (exact + magic).sub_(magic).copysign_(exact)
 
 
-def _require_finite(out: Tensor, exact: Tensor) -> None:
+def require_finite(out: Tensor, exact: Tensor) -> None:
+    """Guard: `out`, rounded from `exact`, holds no NaN or Inf; raises NotFoldable as `round_once` does."""
+    if not out.numel():
+        return
     # A sum hands NaN and Inf on, and costs a few percent of the fold; isfinite() would cost the fold again.
     if math.isfinite(out.sum()):
         return

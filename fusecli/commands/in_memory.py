@@ -21,7 +21,7 @@ from fusecli.pipeline import facts
 from fusecli.pipeline.fold import Fold, Refused, apply_fold, plan_fold, range_of
 from fusecli.pipeline.in_memory import held_warnings, in_train_mode, members_in_eval_mode, new_biases
 from fusecli.pipeline.outcome import Made, ledger_of, outcome_of, recorded, weighed
-from fusecli.pipeline.prove import Trials, prove_in_memory
+from fusecli.pipeline.prove import Trials, prove_in_memory, room_of
 from fusecli.pipeline.record import record, seen
 from fusecli.pipeline.select import Selection, record_and_select
 from fusecli.pipeline.settle import settle
@@ -46,7 +46,7 @@ def fuse_in_memory(model: nn.Module, sample: Sample, spec: Spec, consent: Consen
     source = in_memory(model, spec, consent)
     structure = source.structure()
     selection = record_and_select(spec, source, structure, sample, groups_of(spec, structure.names))
-    trials = Trials((sample,), spec.verify.seed)
+    trials = Trials((sample,), spec.verify.seed, room=room_of(spec))
 
     def attempt(selection: Selection, fold: Fold) -> tuple[Made, Sequence[Refusal]]:
         original = fold.structure.original

@@ -81,7 +81,7 @@ class Map:
             }
             value = self._value(filled.__getitem__)
             if bool((value.scale == 1).all()) and not bool(value.shift.any()):
-                return {n: torch.full_like(held[n], v) for n, v in zip(held, choice, strict=True)}
+                return {n: t.new_full(t.shape, v) for (n, t), v in zip(held.items(), choice, strict=True)}
         raise NotFoldable(
             "not-affine", f"no values of {', '.join(held)} make the gain of {self.path} neutral"
         )
@@ -138,6 +138,5 @@ def _norm_axis(recording: Recording, member: Member, site: Site) -> int:
 
 def _vector(tensor: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
     """The entries along `axis` of a tensor that is broadcast to `shape`, as float64."""
-    spread = tensor.double().expand(torch.broadcast_shapes(tensor.shape, (1,) * len(shape)))
-    line = spread.reshape(-1)
+    line = tensor.double().reshape(-1)
     return line.expand(shape[axis]).clone() if line.numel() == 1 else line.clone()

@@ -122,6 +122,8 @@ def _rounded(key: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> Tens
     beside = [module._parameters.get(name), module._buffers.get(name), module._parameters.get("weight")]
     others = (other._parameters.get("weight") for other in modules.values())
     old = next(tensor for tensor in (*beside, *others) if tensor is not None)
+    if tensor.dtype is old.dtype:
+        return tensor
     return round_once(tensor, old.dtype) if tensor.dtype is torch.float64 else tensor.to(old.dtype)
 
 

@@ -69,11 +69,16 @@ def trials_of(source: Source, spec: Spec | None, seed: int | None = None, count:
     says. Raises UsageError where it describes none."""
     asked = spec.verify if spec is not None else VerifySpec()
     seed = seed if seed is not None else asked.seed
-    room = ROOM if asked.memory is None else asked.memory
     if spec is None or source.build is None:
-        return Trials(seed=seed, room=room)
+        return Trials(seed=seed, room=room_of(spec))
     samples = samples_of(spec, seed, count if count is not None else asked.samples)
-    return Trials(samples, seed, dynamic_axes(spec, samples[0]), room)
+    return Trials(samples, seed, dynamic_axes(spec, samples[0]), room_of(spec))
+
+
+def room_of(spec: Spec | None) -> int:
+    """The bytes that a proof may keep of float64 weights."""
+    asked = spec.verify.memory if spec is not None else None
+    return ROOM if asked is None else asked
 
 
 def prove(
@@ -155,7 +160,7 @@ def prove_in_memory(fold: Fold, fused: nn.Module, trials: Trials) -> Proof:
         record=record,
         trains=fold.source.vocabulary.mode == "qat",
     )
-    return Proof(fold, *judge(subject, trials.samples, seed=trials.seed, dynamic=trials.dynamic))
+    return Proof(fold, *judge(subject, trials.samples, seed=trials.seed, room=trials.room))
 
 
 def _subject(fold: Fold, artifact: Checkpoint) -> Subject:

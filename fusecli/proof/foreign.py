@@ -32,7 +32,7 @@ from fusecli.proof.compare import (
 )
 from fusecli.proof.gaps import Gaps, Line, lines
 from fusecli.proof.noise import drifts, narrowest, noise_of_neighbours
-from fusecli.proof.power import move
+from fusecli.proof.power import largest, move
 from fusecli.proof.reading import Reading
 from fusecli.proof.run import float64_arithmetic, run
 from fusecli.proof.sizes import at_other_sizes
@@ -333,7 +333,7 @@ class _Moved:
 
 
 def _one_percent(weight: Tensor, uniform: Tensor, _: torch.dtype) -> None:
-    move(weight, uniform, _usual(weight))
+    move(weight, uniform, largest(weight) or _usual(weight))
 
 
 def _anything(weight: Tensor, uniform: Tensor, _: torch.dtype) -> None:

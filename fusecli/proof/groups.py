@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count
 from typing import Any, Protocol
 
 import torch
@@ -144,19 +144,19 @@ def exact_fold(
     member  gives a module of the original as it is stored
     made    a module of the fold, to be run with the exact tensors; None: it is what the rewrite makes of it
     """
-    before = {path: in_float64(module) for path, module in members_of(group, member).items()}
+    before = members_of(group, member, lambda _, module: in_float64(module))
     with float64_arithmetic():  # what computes a weight is run here too
         rewrite = group.rewrite(before)
-        after = edited(before, rewrite) if made is None else members_of(group, made)
-    if made is not None:
-        exact = {new: tensor for name, tensor in rewrite.tensors.items() if (new := key(name)) is not None}
+        if made is None:
+            return Exact(before, edited(before, rewrite), rewrite.tensors, tuple(rewrite.edits))
+    exact = {new: tensor for name, tensor in rewrite.tensors.items() if (new := key(name)) is not None}
 
-        def fetch(name: str, old: Tensor) -> Tensor:
-            value = exact.get(name, old)
-            value = value if value.shape == old.shape else old
-            return value.clone().double() if value.is_floating_point() else value.clone()
+    def fetch(name: str, old: Tensor) -> Tensor:
+        value = exact.get(name, old)
+        value = value if value.shape == old.shape else old
+        return value.to(torch.float64, copy=True) if value.is_floating_point() else value.clone()
 
-        after = {path: with_tensors(module, fetch, f"{path}.") for path, module in after.items()}
+    after = members_of(group, made, lambda path, module: with_tensors(module, fetch, f"{path}."))
     return Exact(before, after, rewrite.tensors, tuple(rewrite.edits))
 
 
@@ -169,10 +169,16 @@ def edited(modules: Modules, rewrite: Rewrite) -> dict[str, nn.Module]:
     return {path: tree[path] for path in modules if path in tree.modules}
 
 
-def members_of(group: Planned, member: Member) -> dict[str, nn.Module]:
-    """The members; of those inside of others the very modules that these hold."""
+def _same_tensors(_: str, module: nn.Module) -> nn.Module:
+    return with_tensors(module, lambda _, old: old)
+
+
+def members_of(
+    group: Planned, member: Member, copy: Callable[[str, nn.Module], nn.Module] = _same_tensors
+) -> dict[str, nn.Module]:
+    """Copies of the members, in eval mode; of those inside of others the very modules that these hold."""
     outer = {
-        path: in_eval_mode(with_tensors(member(path), lambda _, old: old))
+        path: in_eval_mode(copy(path, member(path)))
         for path in group.members
         if not _inside(path, group.members)
     }
@@ -299,7 +305,8 @@ def _difference(part: Region | Row, exact: Exact, inputs: Inputs) -> tuple[Any, 
 
 def _noticed(part: Region | Row, exact: Exact, inputs: Inputs, expected: Any) -> float:
     """How far 1 % of error in the weights moves it; of what has none, an output that is."""
-    if not any(module.state_dict() for module in exact.after.values()):
+    tensors = (chain(module.parameters(), module.buffers()) for module in exact.after.values())
+    if next(chain.from_iterable(tensors), None) is None:
         return compare(expected, tuple(t * (1 + PERTURBATION) for t in expected)).error
     noisy = members_of_copies(exact.after)
     put_off(list(noisy.values()), list(exact.before.values()))

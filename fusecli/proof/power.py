@@ -22,12 +22,21 @@ def put_off(fused: Sequence[nn.Module], before: Sequence[nn.Module]) -> None:
     fused   float64 modules, whose tensors may be those of others: they are not written to
     before  the modules of the group as they were; empty where nobody knows them
     """
-    weights = _weights(fused)
-    usual = max(map(_largest, _weights(before)), default=0.0) or 1.0
-    for weight in weights:
-        moved = weight.data.clone()
-        move(moved, _steps(weight.numel()).view(weight.shape).to(weight.device, weight.dtype), usual)
+    for weight in _weights(fused):
+        moved = weight.data.clone(memory_format=torch.contiguous_format)
+        flat = moved.view(-1)
+        steps, usual = _pattern().to(flat.device, flat.dtype), _usual(moved, before)
+        rows, rest = divmod(len(flat), len(steps))
+        move(flat[: len(flat) - rest].view(rows, len(steps)), steps, usual)
+        move(flat[len(flat) - rest :], steps[:rest], usual)
         weight.data = moved
+
+
+def _usual(weight: Tensor, before: Sequence[nn.Module]) -> float:
+    """What stands for a 0 in `weight`: its largest number, or that of what it was made from."""
+    if bool(weight.all()):
+        return 0.0
+    return largest(weight) or max(map(largest, _weights(before)), default=0.0) or 1.0
 
 
 @cache
@@ -36,17 +45,11 @@ def _pattern() -> Tensor:
     return 0.5 + 0.5 * torch.rand(1021, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def _steps(count: int) -> Tensor:
-    """Between 0.5 and 1."""
-    pattern = _pattern()
-    return pattern.repeat(-(-count // len(pattern)))[:count]
-
-
 def move(weight: Tensor, step: Tensor, usual: float) -> None:
-    """Puts each number of `weight` off by `step` per cent of itself; a 0 by that of the tensor's largest, or
-    of `usual` where all are 0."""
-    numbers, zeros = weight.data, weight.data == 0
-    size = numbers.where(~zeros, _largest(weight) or usual) if bool(zeros.any()) else numbers
+    """Puts each number of `weight` off by `step` per cent of itself; a 0 by that of `usual`, where that is no
+    0 itself."""
+    numbers = weight.data
+    size = numbers.where(numbers != 0, usual) if usual and not bool(numbers.all()) else numbers
     numbers.addcmul_(size, step, value=PERTURBATION)
 
 
@@ -57,5 +60,5 @@ def _weights(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [p for p in parameters if p.ndim > 1] or parameters or buffers
 
 
-def _largest(tensor: Tensor) -> float:
+def largest(tensor: Tensor) -> float:
     return float(tensor.data.abs().max()) if tensor.numel() else 0.0

@@ -19,6 +19,7 @@ from fusecli.errors import Problem, RefusedError, UsageError
 from fusecli.graph.dataflow import Recording
 from fusecli.graph.materialise import duplicate, with_tensors
 from fusecli.graph.memory import same_memory
+from fusecli.graph.undrawn import Undrawn
 from fusecli.outcome import LedgerEntry
 from fusecli.plain import some
 from fusecli.rewrite import ModuleTree
@@ -104,7 +105,7 @@ class Source:
         """A fresh model, on the meta device where its code allows that."""
         assert self.build is not None
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), Undrawn():
                 return self.build()
         except UsageError:
             return self.build()  # a factory that computes with its weights cannot be built without numbers
